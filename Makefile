@@ -1,0 +1,73 @@
+# `make help` lists the targets. A fresh machine needs python3 (3.10 or later, with venv), a C++17 compiler and make.
+#
+#   PYTHON  interpreter that the environment is made from
+#   TORCH   requirement installed where the environment has no torch yet; a newer one replaces it when given
+#   DCEXT_CUDA, DCEXT_ZSTD_DIR, DCEXT_XXHASH_DIR, DCEXT_CACHE, MAX_JOBS  see setup.py and third_party/README.md
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
+BUILD_REQUIRES := 'setuptools>=77' 'pybind11>=2.13' wheel ninja numpy
+CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+# Objects survive a change of these, so the extension is linked anew when one differs from the last build.
+BUILD_KEY := $(TORCH) $(DCEXT_CUDA) $(DCEXT_ZSTD_DIR) $(DCEXT_XXHASH_DIR) $(TORCH_CUDA_ARCH_LIST) $(CC) $(CXX)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test pytest lint format build bench clean distclean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "%-10s %s\n", $$1, $$2}'
+
+demo: build  ## compress, verify, measure and run a real model (about 5 minutes, downloads 93 MB)
+	@$(PY) bench/demo.py
+
+test: build lint pytest  ## environment, build, lint, types, tests
+
+pytest: build  ## the tests alone
+	@$(PY) -m pytest
+
+lint: $(VENV)/stamp-dev  ## ruff, clang-format and mypy, without changing anything
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check .
+	@$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	@$(BIN)/mypy --no-error-summary
+	@echo "lint: clean"
+
+format: $(VENV)/stamp-dev  ## ruff and clang-format, in place
+	@$(BIN)/ruff check -q --fix-only .
+	@$(BIN)/ruff format -q .
+	@$(BIN)/clang-format -i $(CPP_FILES)
+
+build: $(VENV)/stamp-dev  ## environment and extension, incrementally
+	@mkdir -p build
+	@echo '$(BUILD_KEY)' | cmp -s - build/key || { rm -f dcext/_C*.so; echo '$(BUILD_KEY)' > build/key; }
+	@$(PY) setup.py build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
+
+bench: build  ## all benchmarks, with their hardware line
+	@set -e; for script in bench/bench_*.py; do $(PY) $$script; done
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info dcext/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f $(VENV)/stamp-dev
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## and the environment; downloads stay in the cache
+	rm -rf $(VENV)
+
+# torch first, then constraints, so that no package replaces it; an environment that has a torch keeps it.
+$(VENV)/stamp-env:
+	@test -x $(PY) || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(PY) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("dcext: expected Python >= 3.10, found " + sys.version.split()[0])'
+	@if [ '$(origin TORCH)' != file ] || ! $(PY) -c 'import torch' 2> /dev/null; then echo 'installing $(TORCH)'; $(PIP) $(TORCH); fi
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
+	@$(PIP) -c $(VENV)/constraints.txt $(BUILD_REQUIRES)
+	@touch $@
+
+$(VENV)/stamp-dev: pyproject.toml setup.py $(VENV)/stamp-env
+	@echo "installing what building and testing needs, and building (the first time takes a few minutes)"
+	@$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

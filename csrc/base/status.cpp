@@ -1,0 +1,22 @@
+#include "base/status.h"
+
+namespace dcext {
+
+const char* to_string(Status status) {
+  switch (status) {
+    case Status::kOk: return "ok";
+    case Status::kBadArgument: return "bad argument";
+    case Status::kTruncated: return "truncated";
+    case Status::kBadMagic: return "bad magic";
+    case Status::kBadVersion: return "unsupported version";
+    case Status::kBadHeader: return "bad header";
+    case Status::kBadChecksum: return "checksum mismatch";
+    case Status::kCorrupt: return "corrupt data";
+    case Status::kDstTooSmall: return "destination too small";
+    case Status::kOutOfMemory: return "out of memory";
+    case Status::kInternal: return "internal error";
+  }
+  return "unknown status";
+}
+
+}  // namespace dcext

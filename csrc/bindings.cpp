@@ -1,0 +1,119 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <c10/util/ArrayRef.h>
+#include <torch/csrc/utils/pybind.h>
+
+#define ZSTD_STATIC_LINKING_ONLY
+#include <zstd.h>
+
+#include "ops_common.h"
+#include "runtime/thread_pool.h"
+
+namespace py = pybind11;
+
+namespace dcext {
+namespace {
+
+py::dict payload_info(const at::Tensor& payload) {
+  const PayloadView view = parse_payload("dcext.payload_info", payload);
+  const PayloadLayout& layout = view.layout();
+  py::list chunks;
+  for (int64_t i = 0; i < layout.num_chunks(); ++i) {
+    const Chunk chunk = view.chunk(i);
+    const Tile tile = view.tile(i);
+    py::dict entry;
+    entry["row"] = tile.row;
+    entry["col"] = tile.col;
+    entry["shape"] = py::make_tuple(tile.rows, tile.cols);
+    entry["encoding"] = chunk.encoding == Encoding::kRaw ? "raw" : "zstd";
+    entry["pairs"] = chunk.filter.pairs;
+    entry["low_bits"] = chunk.filter.low_bits;
+    entry["offset"] = chunk.offset;
+    entry["nbytes"] = chunk.nbytes;
+    entry["frame_nbytes"] = chunk.frame_nbytes;
+    entry["exceptions"] = chunk.num_exceptions(tile.weights());
+    chunks.append(entry);
+  }
+  py::dict info;
+  info["shape"] = py::make_tuple(layout.rows, layout.cols);
+  info["codec"] = codec_name(layout.codec);
+  info["level"] = layout.level;
+  info["panel_rows"] = layout.panel_rows;
+  info["slab_cols"] = layout.slab_cols;
+  info["nbytes"] = payload.numel();
+  info["chunks"] = chunks;
+  return info;
+}
+
+py::tuple payload_shape(const at::Tensor& payload) {
+  const PayloadView view = parse_payload("dcext.decode", payload);
+  return py::make_tuple(view.layout().rows, view.layout().cols);
+}
+
+void verify_payload(const at::Tensor& payload) {
+  const PayloadView view = parse_payload("dcext.verify_payload", payload);
+  const py::gil_scoped_release release;
+  for (int64_t i = 0; i < view.layout().num_chunks(); ++i) {
+    raise_if_failed("dcext.verify_payload", view.verify_chunk(i));
+  }
+}
+
+void decode_into(const at::Tensor& payload, at::Tensor out, const std::array<int64_t, 4>& region,
+                 int64_t num_threads, bool verify) {
+  const py::gil_scoped_release release;
+  decode_out(payload, Region{region[0], region[1], region[2], region[3]}, num_threads,
+             static_cast<Verify>(verify), out);
+}
+
+void set_num_threads(int num_threads) {
+  TORCH_CHECK_VALUE(num_threads >= 1, "set_num_threads: expected at least 1, got ", num_threads);
+  default_pool().resize(num_threads);
+}
+
+std::vector<std::string> supported_isa_names() {
+  std::vector<std::string> names;
+  for (const Isa isa : supported_isas()) names.emplace_back(isa_name(isa));
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  Isa isa;
+  TORCH_CHECK_VALUE(parse_isa(name.c_str(), &isa) && isa_supported(isa),
+                    "set_isa: expected one of ", c10::ArrayRef<std::string>(supported_isa_names()), ", got '", name, "'");
+  set_selected_isa(isa);
+}
+
+}  // namespace
+}  // namespace dcext
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace dcext;
+  static py::object format_error = py::module_::import("dcext.errors").attr("FormatError");
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const FormatError& error) {
+      py::set_error(format_error, error.what_without_backtrace());
+    }
+  });
+
+  m.def("payload_info", &payload_info, py::arg("payload"));
+  m.def("payload_shape", &payload_shape, py::arg("payload"));
+  m.def("verify_payload", &verify_payload, py::arg("payload"));
+  m.def("decode_into", &decode_into, py::arg("payload"), py::arg("out"), py::arg("region"),
+        py::arg("num_threads"), py::arg("verify"));
+  m.def("empty_weights", &empty_weights, py::arg("nbytes"));
+  m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
+  m.def("get_num_threads", [] { return default_pool().num_threads(); });
+  m.def("available_cpus", &available_cpus);
+  m.def("supported_isas", &supported_isa_names);
+  m.def("selected_isa", [] { return isa_name(selected_isa()); });
+  m.def("set_isa", &set_isa, py::arg("name"));
+  m.attr("zstd_version") = ZSTD_versionString();
+#ifdef DCEXT_WITH_CUDA
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+  selected_isa();  // a wrong DCEXT_CPU is an error at import, not in the middle of a forward pass
+}

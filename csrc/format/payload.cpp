@@ -1,0 +1,220 @@
+#include "format/payload.h"
+
+#include "base/checksum.h"
+
+namespace dcext {
+namespace {
+
+constexpr char kMagic[8] = {'D', 'C', 'E', 'X', 'T', 'P', 'L', '\n'};
+
+// Byte offsets of the header's fields (PAYLOAD.md).
+constexpr int kVersionAt = 8, kCodecAt = 10, kReserved0At = 11, kLevelAt = 12, kReserved1At = 14;
+constexpr int kRowsAt = 16, kColsAt = 24, kPanelRowsAt = 32, kSlabColsAt = 36, kNbytesAt = 40;
+constexpr int kNumChunksAt = 48, kReserved2At = 52, kChecksumAt = 56;
+// ... and of a chunk entry's.
+constexpr int kOffsetAt = 0, kStoredAt = 8, kFrameAt = 12, kEncodingAt = 16, kLowBitsAt = 17, kPairsAt = 18;
+constexpr int kChunkChecksumAt = 24;
+
+Failure failure(Status status, const char* field, uint64_t expected, uint64_t found,
+                int64_t chunk = -1) {
+  return Failure{status, field, chunk, expected, found};
+}
+
+// The hash of two hashes: the header before its checksum, and the table with the zeros behind it.
+uint64_t head_checksum(const uint8_t* data, int64_t chunks_begin) {
+  const uint64_t parts[2] = {checksum64(data, kChecksumAt),
+                             checksum64(data + kPayloadHeaderBytes,
+                                        static_cast<size_t>(chunks_begin - kPayloadHeaderBytes))};
+  return checksum64(parts, sizeof(parts));
+}
+
+Failure check_identity(const uint8_t* data, size_t nbytes) {
+  if (nbytes < static_cast<size_t>(kPayloadHeaderBytes)) {
+    return failure(Status::kTruncated, "payload bytes", kPayloadHeaderBytes, nbytes);
+  }
+  if (std::memcmp(data, kMagic, sizeof(kMagic)) != 0) {
+    return failure(Status::kBadMagic, "magic", load_le<uint64_t>(reinterpret_cast<const uint8_t*>(kMagic)),
+                   load_le<uint64_t>(data));
+  }
+  const uint16_t version = load_le<uint16_t>(data + kVersionAt);
+  if (version != kPayloadVersion) {
+    return failure(Status::kBadVersion, "version", kPayloadVersion, version);
+  }
+  return {};
+}
+
+// Ranges are checked before any product is formed, so nothing below can overflow int64_t.
+Failure read_layout(const uint8_t* data, PayloadLayout* layout) {
+  const uint8_t codec = data[kCodecAt];
+  const uint64_t rows = load_le<uint64_t>(data + kRowsAt);
+  const uint64_t cols = load_le<uint64_t>(data + kColsAt);
+  const uint64_t panel_rows = load_le<uint32_t>(data + kPanelRowsAt);
+  const uint64_t slab_cols = load_le<uint32_t>(data + kSlabColsAt);
+  if (codec >= kNumCodecs) return failure(Status::kBadHeader, "codec", kNumCodecs - 1, codec);
+  if (rows == 0 || rows > kMaxDimension) {
+    return failure(Status::kBadHeader, "rows", kMaxDimension, rows);
+  }
+  if (cols == 0 || cols > kMaxDimension) {
+    return failure(Status::kBadHeader, "cols", kMaxDimension, cols);
+  }
+  if (panel_rows == 0 || panel_rows > rows) {
+    return failure(Status::kBadHeader, "panel_rows", rows, panel_rows);
+  }
+  if (slab_cols == 0 || slab_cols > cols) {
+    return failure(Status::kBadHeader, "slab_cols", cols, slab_cols);
+  }
+  if (panel_rows * slab_cols > static_cast<uint64_t>(kMaxTileWeights)) {
+    return failure(Status::kBadHeader, "tile weights", kMaxTileWeights, panel_rows * slab_cols);
+  }
+  if (data[kReserved0At] != 0 || load_le<uint16_t>(data + kReserved1At) != 0 ||
+      load_le<uint32_t>(data + kReserved2At) != 0) {
+    return failure(Status::kBadHeader, "reserved bytes", 0, 1);
+  }
+  layout->codec = static_cast<Codec>(codec);
+  layout->level = load_le<int16_t>(data + kLevelAt);
+  layout->rows = static_cast<int64_t>(rows);
+  layout->cols = static_cast<int64_t>(cols);
+  layout->panel_rows = static_cast<int64_t>(panel_rows);
+  layout->slab_cols = static_cast<int64_t>(slab_cols);
+  return {};
+}
+
+Failure check_sizes(const uint8_t* data, size_t nbytes, const PayloadLayout& layout) {
+  const uint64_t stated = load_le<uint64_t>(data + kNbytesAt);
+  if (stated != nbytes) {
+    return failure(nbytes < stated ? Status::kTruncated : Status::kBadHeader, "payload bytes",
+                   stated, nbytes);
+  }
+  const uint64_t num_chunks = load_le<uint32_t>(data + kNumChunksAt);
+  // Two factors of at most 2^31 each: the product fits in 63 bits.
+  if (num_chunks != static_cast<uint64_t>(layout.num_chunks())) {
+    return failure(Status::kBadHeader, "chunks", layout.num_chunks(), num_chunks);
+  }
+  // num_chunks has 32 bits, so that the end of the table cannot overflow either.
+  const uint64_t chunks_begin = static_cast<uint64_t>(layout.chunks_begin());
+  if (nbytes < chunks_begin) return failure(Status::kTruncated, "chunk table", chunks_begin, nbytes);
+  const uint64_t checksum = load_le<uint64_t>(data + kChecksumAt);
+  const uint64_t actual = head_checksum(data, layout.chunks_begin());
+  if (checksum != actual) return failure(Status::kBadChecksum, "header", checksum, actual);
+  return {};
+}
+
+Failure check_coded_chunk(const Chunk& chunk, int64_t weights, int64_t index) {
+  if (chunk.filter.low_bits > kMaxLowBits) {
+    return failure(Status::kBadHeader, "low bits", kMaxLowBits, chunk.filter.low_bits, index);
+  }
+  const int64_t planes = chunk.filter.planes_nbytes(weights);
+  const int64_t tail = int64_t{chunk.nbytes} - chunk.frame_nbytes - planes;
+  const int64_t most = 4 * weights;
+  if (tail < 0 || tail > most || tail % 4 != 0) {
+    return failure(Status::kBadHeader, "frame and plane bytes", chunk.nbytes,
+                   chunk.frame_nbytes + static_cast<uint64_t>(planes), index);
+  }
+  return {};
+}
+
+Failure check_chunk(const PayloadView& view, int64_t index, uint64_t expected_offset) {
+  const Chunk chunk = view.chunk(index);
+  const uint64_t weights = static_cast<uint64_t>(view.tile(index).weights());
+  if (chunk.offset != expected_offset) {
+    return failure(Status::kBadHeader, "chunk offset", expected_offset, chunk.offset, index);
+  }
+  if (static_cast<int>(chunk.encoding) >= kNumEncodings) {
+    return failure(Status::kBadHeader, "chunk encoding", kNumEncodings - 1,
+                   static_cast<uint64_t>(chunk.encoding), index);
+  }
+  const bool raw = chunk.encoding == Encoding::kRaw;
+  if (raw && (chunk.nbytes != weights || chunk.frame_nbytes != 0)) {
+    return failure(Status::kBadHeader, "raw chunk bytes", weights, chunk.nbytes, index);
+  }
+  if (!raw && view.layout().codec == Codec::kRaw) {
+    return failure(Status::kBadHeader, "encoding of a raw payload", 0,
+                   static_cast<uint64_t>(chunk.encoding), index);
+  }
+  return raw ? Failure{} : check_coded_chunk(chunk, static_cast<int64_t>(weights), index);
+}
+
+Failure check_table(const PayloadView& view, size_t nbytes) {
+  const PayloadLayout& layout = view.layout();
+  uint64_t offset = layout.chunks_begin();
+  for (int64_t i = 0; i < layout.num_chunks(); ++i) {
+    if (Failure bad = check_chunk(view, i, offset); !bad.ok()) return bad;
+    offset = view.chunk(i).extent_end();
+    if (offset > nbytes) return failure(Status::kTruncated, "chunk end", offset, nbytes, i);
+  }
+  if (offset != nbytes) return failure(Status::kBadHeader, "payload bytes", offset, nbytes);
+  return {};
+}
+
+}  // namespace
+
+const char* codec_name(Codec codec) { return codec == Codec::kRaw ? "raw" : "zstd"; }
+
+Tile PayloadLayout::tile(int64_t chunk_index) const {
+  const int64_t panel = chunk_index / num_slabs(), slab = chunk_index % num_slabs();
+  Tile tile;
+  tile.row = panel * panel_rows;
+  tile.col = slab * slab_cols;
+  tile.rows = tile.row + panel_rows <= rows ? panel_rows : rows - tile.row;
+  tile.cols = tile.col + slab_cols <= cols ? slab_cols : cols - tile.col;
+  return tile;
+}
+
+Failure PayloadView::parse(const uint8_t* data, size_t nbytes, PayloadView* view) {
+  if (Failure bad = check_identity(data, nbytes); !bad.ok()) return bad;
+  PayloadView parsed;
+  parsed.data_ = data;
+  if (Failure bad = read_layout(data, &parsed.layout_); !bad.ok()) return bad;
+  if (Failure bad = check_sizes(data, nbytes, parsed.layout_); !bad.ok()) return bad;
+  if (Failure bad = check_table(parsed, nbytes); !bad.ok()) return bad;
+  *view = parsed;
+  return {};
+}
+
+Chunk PayloadView::chunk(int64_t index) const {
+  const uint8_t* entry = data_ + kPayloadHeaderBytes + index * kChunkEntryBytes;
+  Chunk chunk;
+  chunk.offset = load_le<uint64_t>(entry + kOffsetAt);
+  chunk.nbytes = load_le<uint32_t>(entry + kStoredAt);
+  chunk.frame_nbytes = load_le<uint32_t>(entry + kFrameAt);
+  chunk.encoding = static_cast<Encoding>(entry[kEncodingAt]);
+  chunk.filter.low_bits = entry[kLowBitsAt];
+  chunk.filter.pairs = entry[kPairsAt] != 0;
+  chunk.checksum = load_le<uint64_t>(entry + kChunkChecksumAt);
+  return chunk;
+}
+
+Failure PayloadView::verify_chunk(int64_t index) const {
+  const Chunk entry = chunk(index);
+  const uint64_t found = checksum64(data_ + entry.offset, entry.extent_end() - entry.offset);
+  if (found == entry.checksum) return {};
+  return failure(Status::kBadChecksum, "chunk", entry.checksum, found, index);
+}
+
+void write_payload_head(const PayloadLayout& layout, const Chunk* chunks, uint64_t nbytes,
+                        uint8_t* dst) {
+  std::memset(dst, 0, static_cast<size_t>(layout.chunks_begin()));
+  std::memcpy(dst, kMagic, sizeof(kMagic));
+  store_le<uint16_t>(dst + kVersionAt, kPayloadVersion);
+  dst[kCodecAt] = static_cast<uint8_t>(layout.codec);
+  store_le<int16_t>(dst + kLevelAt, layout.level);
+  store_le<uint64_t>(dst + kRowsAt, layout.rows);
+  store_le<uint64_t>(dst + kColsAt, layout.cols);
+  store_le<uint32_t>(dst + kPanelRowsAt, static_cast<uint32_t>(layout.panel_rows));
+  store_le<uint32_t>(dst + kSlabColsAt, static_cast<uint32_t>(layout.slab_cols));
+  store_le<uint64_t>(dst + kNbytesAt, nbytes);
+  store_le<uint32_t>(dst + kNumChunksAt, static_cast<uint32_t>(layout.num_chunks()));
+  for (int64_t i = 0; i < layout.num_chunks(); ++i) {
+    uint8_t* entry = dst + kPayloadHeaderBytes + i * kChunkEntryBytes;
+    store_le<uint64_t>(entry + kOffsetAt, chunks[i].offset);
+    store_le<uint32_t>(entry + kStoredAt, chunks[i].nbytes);
+    store_le<uint32_t>(entry + kFrameAt, chunks[i].frame_nbytes);
+    entry[kEncodingAt] = static_cast<uint8_t>(chunks[i].encoding);
+    entry[kLowBitsAt] = static_cast<uint8_t>(chunks[i].filter.low_bits);
+    entry[kPairsAt] = chunks[i].filter.pairs ? 1 : 0;
+    store_le<uint64_t>(entry + kChunkChecksumAt, chunks[i].checksum);
+  }
+  store_le<uint64_t>(dst + kChecksumAt, head_checksum(dst, layout.chunks_begin()));
+}
+
+}  // namespace dcext

@@ -1,0 +1,58 @@
+// AVX2: weights and activations are widened to int16 and multiplied with vpmaddwd. (vpmaddubsw, which needs no widening,
+// saturates its sums of two products and is not exact.)
+
+#include "gemm/kernel_table.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "gemm/target_pragmas.h"
+
+DCEXT_TARGET_BEGIN("avx2,fma,bmi2")
+
+namespace dcext {
+namespace {
+
+#include "gemm/dot_avx2_body.h"
+
+struct Dot : Avx2Reduce {
+  using Weights = __m256i;  // 16 int16
+  using Activations = __m256i;
+  using Packed = int16_t;
+  static constexpr int kStep = 16, kOffset = 0, kRows = 4, kTokens = 2;
+
+  static Activations ones() { return _mm256_set1_epi16(1); }
+  static Weights load(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Weights load_tail(const int8_t* p, int64_t n) {
+    alignas(16) int8_t tail[kStep] = {};
+    std::memcpy(tail, p, static_cast<size_t>(n));
+    return load(tail);
+  }
+  static Activations load_packed(const int16_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static Acc dot(Acc acc, Activations x, Weights w) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(x, w));
+  }
+};
+
+#include "gemm/dot_body.h"
+#include "gemm/elementwise_body.h"
+
+}  // namespace
+
+extern const GemmKernels kAvx2Kernels = {
+    Isa::kAvx2,   quantize,   dot_packed_nbytes,    dot_pack,
+    dot_multiply, dequantize, multiply_weight_only, widen,
+    dequantize_row};
+
+}  // namespace dcext
+
+DCEXT_TARGET_END
+
+#endif  // __x86_64__

@@ -1,0 +1,43 @@
+#include <torch/library.h>
+
+#include "ops_common.h"
+#include "ops_layers.h"
+
+namespace dcext {
+namespace {
+
+at::Tensor encode_op(const at::Tensor& qweight, c10::string_view codec, int64_t level,
+                     int64_t slab_cols) {
+  return encode(qweight, codec, level, slab_cols);
+}
+
+void decode_out_op(const at::Tensor& payload, int64_t row_begin, int64_t row_end,
+                   int64_t col_begin, int64_t col_end, int64_t num_threads, bool verify,
+                   at::Tensor out) {
+  decode_out(payload, Region{row_begin, row_end, col_begin, col_end}, num_threads,
+             static_cast<Verify>(verify), out);
+}
+
+}  // namespace
+}  // namespace dcext
+
+// Shapes, dtypes and errors are documented on the Python functions of dcext/ops.py.
+TORCH_LIBRARY(dcext, m) {
+  m.def("encode(Tensor qweight, str codec, int level, int slab_cols) -> Tensor");
+  m.def(
+      "decode_out(Tensor payload, int row_begin, int row_end, int col_begin, int col_end, "
+      "int num_threads, bool verify, Tensor(a!) out) -> ()");
+  m.def(
+      "linear(Tensor x, Tensor payload, Tensor row_scale, Tensor? col_scale, Tensor? bias, "
+      "str activations) -> Tensor");
+  m.def(
+      "embedding(Tensor indices, Tensor payload, Tensor row_scale, Tensor? col_scale, "
+      "int embedding_dim, ScalarType dtype) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dcext, CPU, m) {
+  m.impl("encode", &dcext::encode_op);
+  m.impl("decode_out", &dcext::decode_out_op);
+  m.impl("linear", &dcext::linear);
+  m.impl("embedding", &dcext::embedding);
+}

@@ -1,0 +1,136 @@
+#include "ops_layers.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <atomic>
+
+#include "ops_common.h"
+#include "runtime/layers.h"
+
+namespace dcext {
+namespace {
+
+// Torch's intra-op threads. A pool of our own would share the cores with OpenMP threads that spin for milliseconds
+// after each of torch's parallel regions.
+class TorchExecutor final : public Executor {
+ public:
+  int num_workers() const override { return at::get_num_threads(); }
+
+  void run(int64_t num_tasks, FunctionRef<void(int64_t, int)> task) override {
+    const int64_t workers = std::min<int64_t>(num_workers(), num_tasks);
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) {
+        for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) {
+          task(i, static_cast<int>(worker));
+        }
+      }
+    });
+  }
+};
+
+ActivationType activation_type(const char* op, const char* argument, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return ActivationType::kFloat32;
+    case at::kBFloat16: return ActivationType::kBFloat16;
+    case at::kHalf: return ActivationType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": ", argument,
+                       ": expected torch.float32, torch.bfloat16 or torch.float16, got ", dtype);
+  }
+}
+
+// A float32 vector of `size` elements, contiguous, on the CPU.
+const float* vector_data(const char* op, const char* argument, const at::Tensor& vector, int64_t size) {
+  TORCH_CHECK_TYPE(vector.scalar_type() == at::kFloat, op, ": ", argument,
+                   ": expected torch.float32, got ", vector.scalar_type());
+  TORCH_CHECK_VALUE(vector.dim() == 1 && vector.size(0) == size && vector.is_contiguous() &&
+                        vector.is_cpu(),
+                    op, ": ", argument, ": expected a contiguous CPU tensor of shape [", size,
+                    "], got shape ", vector.sizes(), " on ", vector.device());
+  return vector.const_data_ptr<float>();
+}
+
+const float* optional_vector_data(const char* op, const char* argument,
+                                  const std::optional<at::Tensor>& vector, int64_t size) {
+  return vector.has_value() ? vector_data(op, argument, *vector, size) : nullptr;
+}
+
+Activations parse_activations(c10::string_view name) {
+  TORCH_CHECK_VALUE(name == "int8" || name == "none",
+                    "dcext::linear: activations: expected 'int8' or 'none', got '", name, "'");
+  return name == "int8" ? Activations::kInt8 : Activations::kNone;
+}
+
+}  // namespace
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& payload, const at::Tensor& row_scale,
+                  const std::optional<at::Tensor>& col_scale, const std::optional<at::Tensor>& bias,
+                  c10::string_view activations) {
+  constexpr const char* kOp = "dcext::linear";
+  const PayloadView view = parse_payload(kOp, payload);
+  const int64_t rows = view.layout().rows, cols = view.layout().cols;
+  const ActivationType type = activation_type(kOp, "x", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == cols && x.is_cpu(), kOp,
+                    ": x: expected a CPU tensor of shape [..., ", cols, "], got shape ", x.sizes(),
+                    " on ", x.device());
+  const at::Tensor input = x.contiguous();
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = rows;
+  at::Tensor y = at::empty(shape, x.options());
+  if (y.numel() == 0) return y;
+  LinearCall call{};
+  call.weight = &view;
+  call.row_scale = vector_data(kOp, "row_scale", row_scale, rows);
+  call.col_scale = optional_vector_data(kOp, "col_scale", col_scale, cols);
+  call.bias = optional_vector_data(kOp, "bias", bias, rows);
+  call.x = input.const_data_ptr();
+  call.y = y.mutable_data_ptr();
+  call.type = type;
+  call.tokens = input.numel() / cols;
+  call.activations = parse_activations(activations);
+  call.isa = selected_isa();
+  TorchExecutor executor;
+  raise_if_failed(kOp, run_linear(call, executor));
+  return y;
+}
+
+at::Tensor embedding(const at::Tensor& indices, const at::Tensor& payload,
+                     const at::Tensor& row_scale, const std::optional<at::Tensor>& col_scale,
+                     int64_t embedding_dim, at::ScalarType dtype) {
+  constexpr const char* kOp = "dcext::embedding";
+  const PayloadView view = parse_payload(kOp, payload);
+  const int64_t rows = view.layout().rows, cols = view.layout().cols;
+  TORCH_CHECK_VALUE(embedding_dim == cols, kOp, ": embedding_dim: expected the payload's ", cols,
+                    ", got ", embedding_dim);
+  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, kOp,
+                   ": indices: expected torch.int64 or torch.int32, got ", indices.scalar_type());
+  TORCH_CHECK_VALUE(indices.is_cpu(), kOp, ": indices: expected a CPU tensor, got one on ",
+                    indices.device());
+  const ActivationType type = activation_type(kOp, "dtype", dtype);
+  const at::Tensor flat = indices.to(at::kLong).contiguous();
+  const int64_t* data = flat.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < flat.numel(); ++i) {
+    TORCH_CHECK_INDEX(0 <= data[i] && data[i] < rows, kOp, ": indices: expected values in [0, ", rows,
+                      "), got ", data[i]);
+  }
+  std::vector<int64_t> shape = indices.sizes().vec();
+  shape.push_back(cols);
+  at::Tensor out = at::empty(shape, at::TensorOptions().dtype(dtype));
+  if (out.numel() == 0) return out;
+  EmbeddingCall call{};
+  call.weight = &view;
+  call.row_scale = vector_data(kOp, "row_scale", row_scale, rows);
+  call.col_scale = optional_vector_data(kOp, "col_scale", col_scale, cols);
+  call.indices = data;
+  call.count = flat.numel();
+  call.out = out.mutable_data_ptr();
+  call.type = type;
+  call.isa = selected_isa();
+  TorchExecutor executor;
+  raise_if_failed(kOp, run_embedding(call, executor));
+  return out;
+}
+
+}  // namespace dcext

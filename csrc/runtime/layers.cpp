@@ -1,0 +1,187 @@
+#include "runtime/layers.h"
+
+#include <algorithm>
+#include <mutex>
+#include <vector>
+
+#include "base/scratch.h"
+#include "codec/payload_decoder.h"
+
+namespace dcext {
+namespace {
+
+constexpr int64_t kMaxTokens = 2048;  // per pass over the weights; bounds the scratch
+
+// Runs on the thread that calls; for work inside a task.
+class SerialExecutor final : public Executor {
+ public:
+  int num_workers() const override { return 1; }
+  void run(int64_t num_tasks, FunctionRef<void(int64_t, int)> task) override {
+    for (int64_t i = 0; i < num_tasks; ++i) task(i, 0);
+  }
+};
+
+// The first failure of a parallel loop, by chunk.
+class FailureSlot {
+ public:
+  void record(const Failure& failure) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (failure_.ok() || failure.chunk < failure_.chunk) failure_ = failure;
+  }
+  const Failure& get() const { return failure_; }
+
+ private:
+  std::mutex mutex_;
+  Failure failure_;
+};
+
+Failure out_of_memory(int64_t nbytes) {
+  return Failure{Status::kOutOfMemory, "scratch bytes", -1, static_cast<uint64_t>(nbytes), 0};
+}
+
+// The rows of panel `index`, in place for a raw payload of one slab, else decoded into this thread's scratch.
+Failure load_panel(const PayloadView& view, int64_t index, WeightPanel* panel) {
+  thread_local Scratch scratch;
+  const PayloadLayout& layout = view.layout();
+  const int64_t first_chunk = index * layout.num_slabs();
+  const Tile tile = view.tile(first_chunk);
+  const Chunk chunk = view.chunk(first_chunk);
+  *panel = {nullptr, layout.cols, tile.rows, layout.cols};
+  const bool one_slab = layout.num_slabs() == 1;
+  if (one_slab && chunk.encoding == Encoding::kRaw) {
+    panel->data = reinterpret_cast<const int8_t*>(view.data() + chunk.offset);
+    return {};
+  }
+  const int64_t nbytes = tile.rows * layout.cols;
+  auto* decoded = reinterpret_cast<int8_t*>(scratch.reserve(nbytes));
+  if (decoded == nullptr) return out_of_memory(nbytes);
+  panel->data = decoded;
+  if (one_slab) return decode_chunk(view, first_chunk, Verify::kNo, decoded);
+  SerialExecutor serial;
+  const Region region{tile.row, tile.row + tile.rows, 0, layout.cols};
+  return decode_region(view, region, Verify::kNo, decoded, layout.cols, serial);
+}
+
+PanelOutput panel_output(const LinearCall& call, int64_t row) {
+  const int64_t rows = call.weight->layout().rows;
+  return {call.row_scale + row, call.bias == nullptr ? nullptr : call.bias + row,
+          static_cast<uint8_t*>(call.y) + row * activation_nbytes(call.type), rows, call.type};
+}
+
+const uint8_t* token_at(const LinearCall& call, int64_t m) {
+  return static_cast<const uint8_t*>(call.x) +
+         m * call.weight->layout().cols * activation_nbytes(call.type);
+}
+
+Failure run_int8(const LinearCall& call, Executor& executor) {
+  thread_local Scratch q_scratch, packed_scratch, scale_scratch;
+  const PayloadLayout& layout = call.weight->layout();
+  const GemmKernels& kernels = gemm_kernels(call.isa, call.tokens);
+  const int64_t packed_nbytes = kernels.packed_nbytes(call.tokens, layout.cols);
+  auto* q = reinterpret_cast<int8_t*>(q_scratch.reserve(call.tokens * layout.cols));
+  uint8_t* packed = packed_scratch.reserve(packed_nbytes);
+  auto* act_scale = reinterpret_cast<float*>(scale_scratch.reserve(call.tokens * sizeof(float)));
+  if (q == nullptr || packed == nullptr || act_scale == nullptr) return out_of_memory(packed_nbytes);
+
+  executor.run(ceil_div(call.tokens, kPackTokens), [&](int64_t block, int) {
+    const int64_t begin = block * kPackTokens, end = std::min(call.tokens, begin + kPackTokens);
+    for (int64_t m = begin; m < end; ++m) {
+      kernels.quantize(token_at(call, m), call.type, call.col_scale, layout.cols, q + m * layout.cols,
+                       act_scale + m);
+    }
+    kernels.pack(q, call.tokens, layout.cols, begin, end, packed);
+  });
+  FailureSlot failure;
+  executor.run(layout.num_panels(), [&](int64_t index, int) {
+    thread_local Scratch acc_scratch;
+    WeightPanel panel;
+    if (const Failure bad = load_panel(*call.weight, index, &panel); !bad.ok()) {
+      return failure.record(bad);
+    }
+    const int64_t acc_nbytes = call.tokens * panel.rows * static_cast<int64_t>(sizeof(int32_t));
+    auto* acc = reinterpret_cast<int32_t*>(acc_scratch.reserve(acc_nbytes));
+    if (acc == nullptr) return failure.record(out_of_memory(acc_nbytes));
+    kernels.multiply(panel, packed, call.tokens, acc);
+    kernels.dequantize(acc, call.tokens, panel.rows, act_scale,
+                       panel_output(call, index * layout.panel_rows));
+  });
+  return failure.get();
+}
+
+Failure run_weight_only(const LinearCall& call, Executor& executor) {
+  thread_local Scratch x_scratch;
+  const PayloadLayout& layout = call.weight->layout();
+  const GemmKernels& kernels = gemm_kernels(call.isa, call.tokens);
+  const int64_t stride = weight_only_cols(layout.cols);
+  const int64_t x_nbytes = call.tokens * stride * static_cast<int64_t>(sizeof(float));
+  auto* x = reinterpret_cast<float*>(x_scratch.reserve(x_nbytes));
+  if (x == nullptr) return out_of_memory(x_nbytes);
+
+  executor.run(call.tokens, [&](int64_t m, int) {
+    kernels.widen(token_at(call, m), call.type, call.col_scale, layout.cols, x + m * stride);
+  });
+  FailureSlot failure;
+  executor.run(layout.num_panels(), [&](int64_t index, int) {
+    thread_local Scratch row_scratch;
+    WeightPanel panel;
+    if (const Failure bad = load_panel(*call.weight, index, &panel); !bad.ok()) {
+      return failure.record(bad);
+    }
+    const int64_t row_nbytes = weight_only_scratch_nbytes(layout.cols);
+    auto* rows = reinterpret_cast<float*>(row_scratch.reserve(row_nbytes));
+    if (rows == nullptr) return failure.record(out_of_memory(row_nbytes));
+    kernels.multiply_weight_only(panel, x, call.tokens, rows,
+                                 panel_output(call, index * layout.panel_rows));
+  });
+  return failure.get();
+}
+
+}  // namespace
+
+Failure run_linear(const LinearCall& call, Executor& executor) {
+  for (int64_t begin = 0; begin < call.tokens; begin += kMaxTokens) {
+    LinearCall part = call;
+    part.tokens = std::min(kMaxTokens, call.tokens - begin);
+    part.x = token_at(call, begin);
+    part.y = static_cast<uint8_t*>(call.y) +
+             begin * call.weight->layout().rows * activation_nbytes(call.type);
+    const Failure failure = call.activations == Activations::kInt8 ? run_int8(part, executor)
+                                                                   : run_weight_only(part, executor);
+    if (!failure.ok()) return failure;
+  }
+  return {};
+}
+
+Failure run_embedding(const EmbeddingCall& call, Executor& executor) {
+  const PayloadLayout& layout = call.weight->layout();
+  std::vector<int64_t> order(static_cast<size_t>(call.count));
+  for (int64_t i = 0; i < call.count; ++i) order[i] = i;
+  const auto panel_of = [&](int64_t i) { return call.indices[i] / layout.panel_rows; };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return panel_of(a) < panel_of(b); });
+  std::vector<int64_t> starts;  // of the runs of lookups that share a panel
+  for (int64_t i = 0; i < call.count; ++i) {
+    if (i == 0 || panel_of(order[i]) != panel_of(order[i - 1])) starts.push_back(i);
+  }
+  starts.push_back(call.count);
+
+  const GemmKernels& kernels = gemm_kernels(call.isa, 1);
+  FailureSlot failure;
+  executor.run(static_cast<int64_t>(starts.size()) - 1, [&](int64_t run, int) {
+    const int64_t index = panel_of(order[starts[run]]);
+    WeightPanel panel;
+    if (const Failure bad = load_panel(*call.weight, index, &panel); !bad.ok()) {
+      return failure.record(bad);
+    }
+    for (int64_t i = starts[run]; i < starts[run + 1]; ++i) {
+      const int64_t row = call.indices[order[i]];
+      auto* out = static_cast<uint8_t*>(call.out) +
+                  order[i] * layout.cols * activation_nbytes(call.type);
+      kernels.dequantize_row(panel.data + (row - index * layout.panel_rows) * panel.ld, layout.cols,
+                             call.row_scale[row], call.col_scale, call.type, out);
+    }
+  });
+  return failure.get();
+}
+
+}  // namespace dcext

@@ -1,0 +1,49 @@
+#pragma once
+
+#include "base/parallel.h"
+#include "format/payload.h"
+#include "gemm/int8_gemm.h"
+
+namespace dcext {
+
+/** How activations enter the product: quantized to int8 per token (W8A8), or as they are, in float32 (W8A16). */
+enum class Activations : int { kInt8 = 0, kNone = 1 };
+
+/** y = row_scale * (qweight @ (x * col_scale)) + bias for `tokens` tokens. */
+struct LinearCall {
+  const PayloadView* weight;
+  const float* row_scale;  ///< (rows,)
+  const float* col_scale;  ///< (cols,) or null
+  const float* bias;       ///< (rows,) or null
+  const void* x;           ///< (tokens, cols) of `type`, contiguous
+  void* y;                 ///< (tokens, rows) of `type`, contiguous
+  ActivationType type;
+  int64_t tokens;
+  Activations activations;
+  Isa isa;
+};
+
+/** Runs a layer: each panel is decoded into a thread's own scratch, which fits in the L2 cache, and multiplied there;
+ *  raw panels are multiplied where they lie. Memory carries the stored bytes once per 2,048 tokens.
+ *  Stored bytes are not compared with their checksums (Verify::kNo): that is done when a payload is loaded.
+ *  @return the failure of the lowest failing chunk, else kOk. On failure `y` is partly written.
+ *  Threading: any number of calls at the same time. Scratch is per thread, grows to what the largest layer needs
+ *  (panel + activations + sums of 2,048 tokens) and is kept. */
+Failure run_linear(const LinearCall& call, Executor& executor);
+
+/** out[i, :] = qweight[indices[i], :] * row_scale[indices[i]] * col_scale, in the dtype of the output. */
+struct EmbeddingCall {
+  const PayloadView* weight;
+  const float* row_scale;  ///< (rows,)
+  const float* col_scale;  ///< (cols,) or null
+  const int64_t* indices;  ///< (count,), each in [0, rows); checked by the caller
+  int64_t count;
+  void* out;  ///< (count, cols) of `type`, contiguous
+  ActivationType type;
+  Isa isa;
+};
+
+/** Looks rows up; every panel that is touched is decoded once. Otherwise as run_linear. */
+Failure run_embedding(const EmbeddingCall& call, Executor& executor);
+
+}  // namespace dcext

@@ -1,0 +1,32 @@
+"""Double compression of language models: weights quantized so that they compress, then entropy-coded.
+
+Importing dcext loads torch and the extension module, and nothing else that is heavy.
+"""
+
+from dcext.build import build_info, get_num_threads, set_num_threads
+from dcext.codec import decode, encode, entropy, payload_info, verify_payload
+from dcext.compress import compress_
+from dcext.config import CompressionConfig
+from dcext.errors import FormatError
+from dcext.nn import DCEmbedding, DCLinear
+from dcext.pretrained import from_pretrained, save_pretrained
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressionConfig",
+    "DCEmbedding",
+    "DCLinear",
+    "FormatError",
+    "build_info",
+    "compress_",
+    "decode",
+    "encode",
+    "entropy",
+    "from_pretrained",
+    "get_num_threads",
+    "payload_info",
+    "save_pretrained",
+    "set_num_threads",
+    "verify_payload",
+]

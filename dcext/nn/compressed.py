@@ -1,0 +1,140 @@
+"""What compressed modules share: a payload, its scales, and how they move, load and describe themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcext import _C
+from dcext.codec import decode, payload_info, verify_payload
+from dcext.errors import FormatError
+
+HUGE_PAGE_NBYTES = 2 << 20
+
+
+def to_weight_memory(payload: Tensor) -> Tensor:
+    """A copy of a payload in memory of its own, in huge pages where the system gives them and it fills one."""
+    if payload.numel() < HUGE_PAGE_NBYTES:
+        return payload.clone()
+    return _C.empty_weights(payload.numel()).copy_(payload)
+
+
+class CompressedModule(nn.Module):
+    """A matrix ``diag(row_scale) @ qweight @ diag(col_scale)`` stored as a payload. Frozen: it has no parameters.
+
+    Attributes:
+        payload: 1-D uint8, the coded ``qweight``; never modified in place, so modules may share one.
+        row_scale: ``(out_features,)`` float32.
+        col_scale: ``(in_features,)`` float32, or None.
+    """
+
+    payload: Tensor
+    row_scale: Tensor
+    col_scale: Tensor | None
+    _compute_dtype: Tensor
+
+    def __init__(
+        self, payload: Tensor, row_scale: Tensor, col_scale: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        info = payload_info(payload)
+        self._describe(info)
+        self.register_buffer("payload", payload)
+        self.register_buffer("row_scale", self._checked("row_scale", row_scale, self.shape[0]))
+        col_scale = None if col_scale is None else self._checked("col_scale", col_scale, self.shape[1])
+        self.register_buffer("col_scale", col_scale)
+        # Empty; follows .to(dtype), .half() .. as a weight would, and tells what to compute in.
+        self.register_buffer("_compute_dtype", torch.empty(0, dtype=dtype), persistent=False)
+
+    def _describe(self, info: Mapping[str, Any]) -> None:
+        self.shape: tuple[int, int] = info["shape"]
+        self.codec: str = info["codec"]
+
+    def _checked(self, name: str, vector: Tensor, size: int) -> Tensor:
+        if vector.shape != (size,):
+            kind = type(self).__name__
+            raise ValueError(f"{kind}: {name}: expected shape ({size},), got {tuple(vector.shape)}")
+        return vector.detach().float().contiguous()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype that the module computes in, as a float module's ``weight.dtype``."""
+        return self._compute_dtype.dtype
+
+    @property
+    def num_weights(self) -> int:
+        """``out_features * in_features``, which is also the size of the INT8 weights in bytes."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of payload (chunk table and checksums included) and scales."""
+        scales = self.row_scale.nbytes + (0 if self.col_scale is None else self.col_scale.nbytes)
+        return self.payload.nbytes + scales
+
+    @property
+    def bits_per_weight(self) -> float:
+        """``8 * stored_nbytes / num_weights``."""
+        return 8 * self.stored_nbytes / self.num_weights
+
+    @property
+    def ratio(self) -> float:
+        """INT8 bytes over stored bytes; higher is better."""
+        return self.num_weights / self.stored_nbytes
+
+    def qweight(self) -> Tensor:
+        """Decodes the weights: ``(out_features, in_features)`` int8."""
+        return decode(self.payload)
+
+    def dequantize(self) -> Tensor:
+        """The weights that the module stands for: ``(out_features, in_features)`` in ``self.dtype``."""
+        weight = self.qweight().float() * self.row_scale[:, None]
+        if self.col_scale is not None:
+            weight *= self.col_scale
+        return weight.to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedModule:
+        # Scales keep their float32 whatever the model is cast to; only the empty _compute_dtype follows.
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_scale = tensor.dtype == torch.float32 and tensor.numel() > 0
+            return tensor.to(moved.device) if is_scale and moved.dtype != torch.float32 else moved
+
+        super()._apply(keep_float32, recurse)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A payload is replaced, not copied into: two encodings of the same shape have different lengths.
+        key = prefix + "payload"
+        if key in state_dict:
+            payload = state_dict[key]
+            try:
+                info = payload_info(payload)
+                verify_payload(payload)
+                if info["shape"] != self.shape:
+                    raise FormatError(f"expected shape {self.shape}, found {info['shape']}")
+                self._describe(info)
+                self.payload = to_weight_memory(payload)
+            except (FormatError, TypeError, ValueError) as error:
+                error_msgs.append(f"{key}: {error}")
+            state_dict = {**state_dict, key: self.payload}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        """Shape, codec, size and where the weights rest."""
+        tier = f"{self.payload.device.type}/{self.codec}"
+        return f"{self.bits_per_weight:.2f} bits/weight, ratio={self.ratio:.2f}, tier={tier}, dtype={self.dtype}"

@@ -1,0 +1,87 @@
+"""An embedding whose INT8 rows rest compressed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dcext.codec import encode
+from dcext.nn.compressed import CompressedModule
+from dcext.quantize import quantize_absmax
+
+
+class DCEmbedding(CompressedModule):
+    """Drop-in for a frozen ``nn.Embedding``: looks rows up, decoding each panel that is touched once per call.
+
+    Runs on the CPU. ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` concern training and do not exist here.
+    """
+
+    def __init__(
+        self,
+        payload: Tensor,
+        row_scale: Tensor,
+        col_scale: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        padding_idx: int | None = None,
+    ) -> None:
+        """Takes over an encoded ``qweight``; not copied.
+
+        Args:
+            payload: 1-D uint8 from ``dcext.encode`` of ``(num_embeddings, embedding_dim)``.
+            row_scale: ``(num_embeddings,)``.
+            col_scale: ``(embedding_dim,)`` or None.
+            dtype: of the rows that are returned.
+            padding_idx: kept for those who read it; its row is looked up like any other, as in ``nn.Embedding``.
+        """
+        super().__init__(payload, row_scale, col_scale, dtype)
+        self.padding_idx = padding_idx
+
+    @classmethod
+    def from_float(
+        cls,
+        embedding: nn.Embedding,
+        *,
+        granularity: str = "row",
+        codec: str = "auto",
+        level: int | None = None,
+    ) -> DCEmbedding:
+        """Quantizes an ``nn.Embedding`` to INT8 (absmax per ``"row"`` or per ``"tensor"``) and encodes it.
+
+        Raises:
+            ValueError: its weights hold NaN or infinity, or it renormalizes rows (``max_norm``).
+        """
+        if embedding.max_norm is not None:
+            raise ValueError(f"DCEmbedding: max_norm: expected None, got {embedding.max_norm}")
+        qweight, row_scale = quantize_absmax(embedding.weight, granularity)
+        payload = encode(qweight, codec, level)
+        return cls(payload, row_scale, None, embedding.weight.dtype, embedding.padding_idx)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows."""
+        return self.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns."""
+        return self.shape[1]
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Looks rows up.
+
+        Args:
+            indices: any shape, int64 or int32 on the CPU.
+
+        Returns:
+            ``(*indices.shape, embedding_dim)`` in ``self.dtype``.
+
+        Raises:
+            IndexError: an index outside [0, num_embeddings).
+        """
+        return torch.ops.dcext.embedding(
+            indices, self.payload, self.row_scale, self.col_scale, self.embedding_dim, self.dtype
+        )
+
+    def extra_repr(self) -> str:
+        """As ``nn.Embedding``'s, then how the rows are stored."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {super().extra_repr()}"

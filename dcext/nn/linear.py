@@ -1,0 +1,128 @@
+"""A linear layer whose INT8 weights rest compressed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dcext.codec import encode
+from dcext.config import ACTIVATIONS
+from dcext.nn.compressed import CompressedModule
+from dcext.quantize import quantize_absmax
+
+
+class DCLinear(CompressedModule):
+    """Drop-in for a frozen ``nn.Linear``: ``y = row_scale * (qweight @ (x * col_scale)) + bias``.
+
+    With ``activations="int8"`` each token is quantized to int8 first (W8A8; int32 sums, exact); with ``"none"`` it is
+    not (W8A16; float32 sums in a fixed order). Outputs are the same bits for every codec, number of threads and
+    instruction set. Panels of weights are decoded into the L2 cache and multiplied there, so memory carries the stored
+    bytes only. Runs on the CPU.
+
+    Make one with ``from_float`` or ``from_qweight``.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        payload: Tensor,
+        row_scale: Tensor,
+        col_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        activations: str = "int8",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Takes over an encoded ``qweight``; see ``from_qweight`` for the other arguments.
+
+        Args:
+            payload: 1-D uint8 from ``dcext.encode``. Not copied.
+            dtype: of the float layer that this one stands for.
+
+        Raises:
+            FormatError: the payload's header or chunk table is corrupt.
+        """
+        super().__init__(payload, row_scale, col_scale, dtype)
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"DCLinear: activations: expected one of {ACTIVATIONS}, got {activations!r}")
+        self.activations = activations
+        bias = None if bias is None else self._checked("bias", bias, self.shape[0])
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def from_qweight(
+        cls,
+        qweight: Tensor,
+        row_scale: Tensor,
+        col_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        codec: str = "auto",
+        activations: str = "int8",
+        *,
+        level: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> DCLinear:
+        """Encodes quantized weights.
+
+        Args:
+            qweight: ``(out_features, in_features)`` int8.
+            row_scale: ``(out_features,)``, one per output feature.
+            col_scale: ``(in_features,)``, multiplies the activations before they are quantized; None for ones.
+            bias: ``(out_features,)`` or None.
+            codec, level: as for ``dcext.encode``.
+            activations: ``"int8"`` or ``"none"``.
+            dtype: of the float layer that this one stands for.
+
+        Raises:
+            TypeError, ValueError: a shape, dtype or name is not as above.
+        """
+        return cls(encode(qweight, codec, level), row_scale, col_scale, bias, activations, dtype)
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        *,
+        granularity: str = "row",
+        codec: str = "auto",
+        level: int | None = None,
+        activations: str = "int8",
+    ) -> DCLinear:
+        """Quantizes an ``nn.Linear`` to INT8 (absmax per ``"row"`` or per ``"tensor"``) and encodes it.
+
+        Raises:
+            ValueError: its weights hold NaN or infinity, or a name is unknown.
+        """
+        qweight, row_scale = quantize_absmax(linear.weight, granularity)
+        bias = linear.bias
+        return cls.from_qweight(
+            qweight, row_scale, None, bias, codec, activations, level=level, dtype=linear.weight.dtype
+        )
+
+    @property
+    def in_features(self) -> int:
+        """Columns of ``qweight``."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of ``qweight``."""
+        return self.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layer.
+
+        Args:
+            x: ``(..., in_features)`` float32, bfloat16 or float16 on the CPU.
+
+        Returns:
+            ``(..., out_features)``, dtype of ``x``. A token with NaN or infinity gives NaN (W8A8).
+        """
+        return torch.ops.dcext.linear(
+            x, self.payload, self.row_scale, self.col_scale, self.bias, self.activations
+        )
+
+    def extra_repr(self) -> str:
+        """As ``nn.Linear``'s, then how the weights are stored."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}, activations={self.activations}, {super().extra_repr()}"

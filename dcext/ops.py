@@ -1,0 +1,68 @@
+"""The operators of ``torch.ops.dcext``: registration of their fake (shape-only) implementations.
+
+============== =====================================================================================================
+operator       computes
+============== =====================================================================================================
+``linear``     ``(x * col_scale) @ (qweight * row_scale[:, None]).T + bias`` straight from the payload
+``embedding``  rows of ``qweight * row_scale[:, None] * col_scale``
+``encode``     the payload of a ``qweight``
+``decode_out`` a rectangle of ``qweight``, written into ``out``
+============== =====================================================================================================
+
+Shapes: ``x`` (..., in_features) float32, bfloat16 or float16; ``payload`` 1-D uint8; ``row_scale`` (out_features,),
+``col_scale`` (in_features,) and ``bias`` (out_features,) float32; ``indices`` any shape, int64 or int32. All on the
+CPU. ``activations`` is ``"int8"`` (per-token dynamic quantization, exact int32 sums) or ``"none"`` (float32 sums in a
+fixed order); either way the result does not depend on threads or instruction set. Wrong arguments raise ``ValueError``
+or ``TypeError``; ``linear`` and ``embedding`` trust the checksums that were verified when the payload was loaded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dcext import _C  # noqa: F401  (registers the operators)
+
+
+@torch.library.register_fake("dcext::linear")
+def _(
+    x: Tensor,
+    payload: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor | None,
+    bias: Tensor | None,
+    activations: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], row_scale.shape[0]))
+
+
+@torch.library.register_fake("dcext::embedding")
+def _(
+    indices: Tensor,
+    payload: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor | None,
+    embedding_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return indices.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+
+
+@torch.library.register_fake("dcext::encode")
+def _(qweight: Tensor, codec: str, level: int, slab_cols: int) -> Tensor:
+    nbytes = torch.library.get_ctx().new_dynamic_size()
+    return qweight.new_empty((nbytes,), dtype=torch.uint8)
+
+
+@torch.library.register_fake("dcext::decode_out")
+def _(
+    payload: Tensor,
+    row_begin: int,
+    row_end: int,
+    col_begin: int,
+    col_end: int,
+    num_threads: int,
+    verify: bool,
+    out: Tensor,
+) -> None:
+    return None
