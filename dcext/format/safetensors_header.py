@@ -1,0 +1,120 @@
+"""The header of a safetensors file, written byte for byte and read without trust."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcext.errors import FormatError
+from dcext.format.manifest import parse_json_object
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+ALIGNMENT = 64
+MAX_HEADER_NBYTES = 100_000_000  # the bound of the safetensors library
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: ``offset`` and ``nbytes`` in ``file``."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def dump_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Length and header of a file that holds ``tensors`` in this order; its size is a multiple of 64."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, tensor in tensors.items():
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def header_nbytes(file: str, data: memoryview) -> int:
+    """Size of length and header together, checked against the file.
+
+    Raises:
+        FormatError: the file is too short for what it states.
+    """
+    if len(data) < 8:
+        raise FormatError(f"{file}: header: expected at least 8 bytes, found {len(data)}")
+    (length,) = struct.unpack("<Q", data[:8])
+    most = min(MAX_HEADER_NBYTES, len(data) - 8)
+    if length > most:
+        raise FormatError(f"{file}: header length: expected at most {most}, found {length}")
+    return 8 + length
+
+
+def parse_header(file: str, data: memoryview) -> dict[str, TensorInfo]:
+    """Reads where the tensors of a file lie. Nothing is allocated by stated sizes.
+
+    Raises:
+        FormatError: not JSON, unknown dtype, sizes that disagree with shape, offsets with holes or out of bounds.
+    """
+    begin = header_nbytes(file, data)
+    entries = parse_json_object(bytes(data[8:begin]), f"{file}: header")
+    entries.pop("__metadata__", None)
+    infos = {name: _parse_entry(file, name, entry, begin) for name, entry in entries.items()}
+    end = begin
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != end:
+            raise FormatError(f"{file}: tensor {name!r}: expected data at byte {end}, found {info.offset}")
+        end += info.nbytes
+    if end != len(data):
+        raise FormatError(f"{file}: expected {end} bytes, found {len(data)}")
+    return infos
+
+
+def _parse_entry(file: str, name: str, entry: Any, begin: int) -> TensorInfo:
+    place = f"{file}: tensor {name!r}"
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if dtype not in DTYPES:
+        raise FormatError(f"{place}: dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise FormatError(f"{place}: expected shape and data_offsets, found {shape!r} and {offsets!r}")
+    nbytes = DTYPES[dtype].itemsize
+    for size in shape:
+        nbytes *= size
+    if offsets[1] - offsets[0] != nbytes:
+        raise FormatError(f"{place}: expected {nbytes} bytes for shape {shape}, found {offsets[1] - offsets[0]}")
+    return TensorInfo(file, DTYPES[dtype], tuple(shape), begin + offsets[0], nbytes)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def data_ptr_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, without a copy. The tensor must outlive it."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
