@@ -1,2 +1,278 @@
-def save_pretrained(): ...
-def from_pretrained(): ...
+"""Compressed Hugging Face models on disk: saved as a folder, loaded back without the float weights."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcext.codec import payload_info, verify_payload
+from dcext.compress import compressed_modules
+from dcext.config import CompressionConfig
+from dcext.errors import FormatError
+from dcext.format import CheckpointReader, write_checkpoint
+from dcext.format.manifest import FORMAT_VERSION, parse_json_object
+from dcext.nn import DCEmbedding, DCLinear
+from dcext.nn.compressed import CompressedModule, to_weight_memory
+
+QUANT_METHOD = "dcext"
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | Path,
+    tokenizer: Any = None,
+    *,
+    config: CompressionConfig | None = None,
+    max_shard_nbytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes a compressed transformers model: all of it or nothing (see ``dcext.format.write_checkpoint``).
+
+    Args:
+        model: a ``PreTrainedModel`` that went through ``compress_``.
+        directory: the target; missing or empty, or with ``overwrite`` an earlier checkpoint.
+        tokenizer: a transformers tokenizer to store beside it, or None.
+        config: recorded in ``config.json`` for those who ask how the model was made.
+        max_shard_nbytes: a shard is closed before it passes this size.
+        overwrite: whether an earlier checkpoint may be replaced.
+        progress: called with the number of bytes written since the last call.
+
+    Raises:
+        ValueError: ``model`` has no transformers config, or nothing in it is compressed.
+        FileExistsError: the target holds something else.
+    """
+    modules = compressed_modules(model)
+    if not hasattr(model, "config") or not modules:
+        raise ValueError(
+            "save_pretrained: model: expected a compressed transformers model, got "
+            f"{type(model).__name__} with {len(modules)} compressed modules"
+        )
+    tied = _tied_modules(modules)
+    quantization = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "activations": {name: m.activations for name, m in modules.items() if isinstance(m, DCLinear)},
+        "tied": tied,
+        "config": None if config is None else config.to_dict(),
+    }
+    files = _side_files(model, tokenizer)
+    model_config = json.loads(files["config.json"])
+    model_config["architectures"] = [type(model).__name__]
+    model_config["quantization_config"] = quantization
+    files["config.json"] = (json.dumps(model_config, indent=2, sort_keys=True) + "\n").encode()
+    write_checkpoint(
+        directory,
+        _tensors(model, tied),
+        files,
+        max_shard_nbytes=max_shard_nbytes,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def from_pretrained(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> nn.Module:
+    """Loads a model that ``save_pretrained`` wrote, every byte verified, without ever holding its float weights.
+
+    Args:
+        directory: the folder.
+        dtype: what to compute in; None for the dtype of the model that was compressed.
+        progress: called with the number of bytes loaded since the last call.
+
+    Returns:
+        The transformers model, in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        FormatError: not a dcext checkpoint, or one that is damaged: file and tensor, expected and found.
+    """
+    reader = CheckpointReader(directory)
+    if "config.json" not in reader.file_names:
+        raise FormatError(f"{directory}: expected config.json in the manifest, found {reader.file_names}")
+    model_config = parse_json_object(reader.read_file("config.json"), "config.json")
+    quantization = model_config.pop("quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise FormatError(f"{directory}: config.json: quantization_config: expected quant_method 'dcext'")
+    model = _skeleton(directory, model_config)
+    loader = _Loader(reader, quantization, progress or (lambda nbytes: None))
+    loader.load_into(model)
+    if dtype is not None:
+        model.to(dtype)
+    return model.eval()
+
+
+def _tied_modules(modules: Mapping[str, CompressedModule]) -> dict[str, str]:
+    """Modules that share the payload of an earlier one, and which."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, module in modules.items():
+        owner = first.setdefault(id(module.payload), name)
+        if owner != name:
+            tied[name] = owner
+    return tied
+
+
+def _tensors(model: nn.Module, tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """The state dict without what is stored under another name already."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        module, _, leaf = name.rpartition(".")
+        if module in tied and leaf != "bias":
+            continue
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        tensors[name] = tensor.detach()
+    return tensors
+
+
+def _side_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
+    """``config.json`` and the files of generation config and tokenizer, as transformers writes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def _skeleton(directory: str | Path, model_config: dict[str, Any]) -> nn.Module:
+    """The model with parameters on the meta device; buffers that are computed at construction are real."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    architectures = model_config.get("architectures") or []
+    model_class = getattr(transformers, architectures[0], None) if architectures else None
+    if model_class is None:
+        raise FormatError(f"{directory}: config.json: architectures: expected one of transformers', found {architectures}")
+    config = model_class.config_class.from_dict(model_config)
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config)
+    generation_config = Path(directory) / "generation_config.json"
+    if generation_config.is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    return model
+
+
+class _Loader:
+    """Fills a skeleton from a checkpoint and accounts for every tensor of both."""
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        quantization: Mapping[str, Any],
+        progress: Callable[[int], None],
+    ) -> None:
+        self.reader = reader
+        self.quantization = quantization
+        self.progress = progress
+        self.used: set[str] = set()
+
+    def load_into(self, model: nn.Module) -> None:
+        compressed = [key.removesuffix(".payload") for key in self.reader.keys() if key.endswith(".payload")]
+        for name in compressed:
+            self.replace(model, name, self.compressed_module(model, name))
+        for name, owner in self.quantization.get("tied", {}).items():
+            self.replace(model, name, self.tied_module(model, name, owner))
+        self.load_float_tensors(model)
+        unused = sorted(set(self.reader.keys()) - self.used)
+        if unused:
+            raise FormatError(f"tensor {unused[0]!r}: the model has no place for it")
+
+    def tensor(self, name: str) -> Tensor:
+        """A verified copy; payloads go to weight memory."""
+        if name not in self.reader:
+            raise FormatError(f"tensor {name!r}: expected in the checkpoint, found none")
+        self.reader.verify(name, self.progress)
+        self.used.add(name)
+        view = self.reader.get(name)
+        return to_weight_memory(view) if name.endswith(".payload") else view.clone()
+
+    def optional(self, name: str) -> Tensor | None:
+        return self.tensor(name) if name in self.reader else None
+
+    def compressed_module(self, model: nn.Module, name: str) -> CompressedModule:
+        payload = self.tensor(f"{name}.payload")
+        try:
+            verify_payload(payload)
+            found = payload_info(payload)["shape"]
+            original = self.float_module(model, name)
+            expected = tuple(original.weight.shape)
+            if found != expected:
+                raise FormatError(f"expected shape {expected}, found {found}")
+            return self.build(name, original, payload, self.tensor(f"{name}.row_scale"))
+        except FormatError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"tensor {name + '.payload'!r}: {error}") from None
+
+    def build(
+        self, name: str, original: nn.Linear | nn.Embedding, payload: Tensor, row_scale: Tensor
+    ) -> CompressedModule:
+        col_scale = self.optional(f"{name}.col_scale")
+        dtype = original.weight.dtype
+        if isinstance(original, nn.Embedding):
+            return DCEmbedding(payload, row_scale, col_scale, dtype, original.padding_idx)
+        bias = None if original.bias is None else self.tensor(f"{name}.bias")
+        activations = self.quantization.get("activations", {}).get(name, "int8")
+        return DCLinear(payload, row_scale, col_scale, bias, activations, dtype)
+
+    def tied_module(self, model: nn.Module, name: str, owner: str) -> CompressedModule:
+        source = model.get_submodule(owner)
+        if not isinstance(source, CompressedModule):
+            raise FormatError(f"config.json: tied: expected {owner!r} to be compressed, found that it is not")
+        original = self.float_module(model, name)
+        if isinstance(original, nn.Embedding):
+            return DCEmbedding(
+                source.payload, source.row_scale, source.col_scale, original.weight.dtype, original.padding_idx
+            )
+        bias = None if original.bias is None else self.tensor(f"{name}.bias")
+        activations = self.quantization.get("activations", {}).get(name, "int8")
+        return DCLinear(
+            source.payload, source.row_scale, source.col_scale, bias, activations, original.weight.dtype
+        )
+
+    def float_module(self, model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            raise FormatError(f"tensor {name + '.payload'!r}: expected a linear layer or embedding of that name in the model")
+        return module
+
+    def replace(self, model: nn.Module, name: str, module: nn.Module) -> None:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, module)
+
+    def load_float_tensors(self, model: nn.Module) -> None:
+        """Everything that is not compressed: parameters on the meta device, and persistent buffers."""
+        loaded: dict[int, nn.Parameter] = {}
+        for name, old in list(model.named_parameters(remove_duplicate=False)):
+            if id(old) not in loaded and name in self.reader:
+                value = self.tensor(name)
+                if value.shape != old.shape:
+                    raise FormatError(f"tensor {name!r}: expected shape {tuple(old.shape)}, found {tuple(value.shape)}")
+                loaded[id(old)] = nn.Parameter(value, requires_grad=False)
+        for name, old in list(model.named_parameters(remove_duplicate=False)):
+            if id(old) not in loaded:
+                raise FormatError(f"tensor {name!r}: expected in the checkpoint, found none")
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, loaded[id(old)])
+        persistent = model.state_dict(keep_vars=True)
+        for name, buffer in model.named_buffers():
+            if name in self.reader and name in persistent and name not in self.used:
+                buffer.copy_(self.tensor(name))
