@@ -39,8 +39,7 @@ CodecChoice parse_choice(c10::string_view codec, int64_t level, const int8_t* qw
                     "dcext::encode: codec: expected 'auto', 'raw' or 'zstd', got '", codec, "'");
   TORCH_CHECK_VALUE(level >= 0 && level <= kMaxZstdLevel, "dcext::encode: level: expected 1..",
                     kMaxZstdLevel, " or 0 for literals only, got ", level);
-  TORCH_CHECK_VALUE(level == 0 || codec == "zstd", "dcext::encode: level: codec '", codec,
-                    "' has none, got ", level);
+  TORCH_CHECK_VALUE(level == 0 || codec == "zstd", "dcext::encode: level: expected none with codec '", codec, "', got ", level);
   CodecChoice choice{codec == "raw" ? Codec::kRaw : Codec::kZstd, static_cast<int>(level)};
   if (codec != "auto") return choice;
   const Status status = choose_codec(qweight, rows, cols, executor, &choice);

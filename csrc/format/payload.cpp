@@ -100,7 +100,7 @@ Failure check_sizes(const uint8_t* data, size_t nbytes, const PayloadLayout& lay
 }
 
 Failure check_coded_chunk(const Chunk& chunk, int64_t weights, int64_t index) {
-  if (chunk.filter.low_bits > kMaxLowBits) {
+  if (chunk.filter.low_bits > kMaxLowBits || chunk.filter.low_bits % 2 != 0) {
     return failure(Status::kBadHeader, "low bits", kMaxLowBits, chunk.filter.low_bits, index);
   }
   const int64_t planes = chunk.filter.planes_nbytes(weights);
@@ -123,8 +123,13 @@ Failure check_chunk(const PayloadView& view, int64_t index, uint64_t expected_of
     return failure(Status::kBadHeader, "chunk encoding", kNumEncodings - 1,
                    static_cast<uint64_t>(chunk.encoding), index);
   }
+  const uint8_t* entry = view.data() + kPayloadHeaderBytes + index * kChunkEntryBytes;
+  const uint64_t reserved = load_le<uint64_t>(entry + kEncodingAt) >> (8 * (kPairsAt - kEncodingAt));
+  if (reserved > 1) {
+    return failure(Status::kBadHeader, "pairs and reserved bytes", 1, reserved, index);
+  }
   const bool raw = chunk.encoding == Encoding::kRaw;
-  if (raw && (chunk.nbytes != weights || chunk.frame_nbytes != 0)) {
+  if (raw && (chunk.nbytes != weights || chunk.frame_nbytes != 0 || !chunk.filter.identity())) {
     return failure(Status::kBadHeader, "raw chunk bytes", weights, chunk.nbytes, index);
   }
   if (!raw && view.layout().codec == Codec::kRaw) {
