@@ -161,6 +161,7 @@ def _skeleton(directory: str | Path, model_config: dict[str, Any]) -> nn.Module:
     config = model_class.config_class.from_dict(model_config)
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
+    model.tie_weights()  # meta parameters are made one by one and lose their ties
     generation_config = Path(directory) / "generation_config.json"
     if generation_config.is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)

@@ -19,12 +19,14 @@ def quantize_absmax(weight: Tensor, granularity: str = "row") -> tuple[Tensor, T
 
     Raises:
         TypeError: ``weight`` is not floating point.
-        ValueError: it is not 2-D, or holds NaN or infinity.
+        ValueError: it is not 2-D, or holds NaN or infinity; an unknown granularity.
     """
     if not weight.is_floating_point():
         raise TypeError(f"quantize_absmax: weight: expected floating point, got {weight.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"quantize_absmax: weight: expected 2 dimensions, got {tuple(weight.shape)}")
+    if granularity not in ("row", "tensor"):
+        raise ValueError(f"quantize_absmax: granularity: expected 'row' or 'tensor', got {granularity!r}")
     weight = weight.detach().float()
     absmax = weight.abs().amax(dim=1)
     if not torch.isfinite(absmax).all():
