@@ -58,7 +58,7 @@ def write_checkpoint(
         ValueError: a tensor that is not on the CPU or has a dtype that safetensors lacks, or a reserved file name.
     """
     target = Path(directory).absolute()
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu" or tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name}: expected a CPU tensor, got {tensor.dtype} on {tensor.device}")
@@ -78,7 +78,12 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST_NAME).is_file()
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuses a target that must not be replaced; see ``write_checkpoint``.
+
+    Raises:
+        FileExistsError: what was expected and what was found.
+    """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not is_checkpoint(target):

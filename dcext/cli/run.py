@@ -1,0 +1,78 @@
+"""Commands that run a model: eval, generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dcext.cli.output import JsonOption, OutFolder, byte_progress, console, print_json, token_progress
+
+
+def evaluate(
+    folder: OutFolder,
+    text: Annotated[Path, typer.Option(help="UTF-8 text to predict.")],
+    context: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Use only so many tokens of the text.", min=2)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity on a text, and tokens per second."""
+    import torch
+
+    from dcext.evaluate import perplexity
+
+    content = text.read_text(encoding="utf-8")
+    model, tokenizer = _load(folder)
+    # Enough text for max_tokens, whatever the tokenizer: a token has at least one byte.
+    limit = None if max_tokens is None else 16 * max_tokens + 1024
+    ids = torch.tensor(tokenizer(content[:limit], verbose=False).input_ids)[:max_tokens]
+    with token_progress("evaluating", ids.numel()) as advance:
+        result = perplexity(model, ids, context=context, progress=advance)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    console().print(
+        f"perplexity {result.perplexity:.3f} over {result.tokens} tokens (context {context}), "
+        f"{result.tokens_per_s:.0f} tokens/s, peak memory {result.peak_rss_bytes / 1e6:.0f} MB",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def generate(
+    folder: OutFolder,
+    prompt: Annotated[str, typer.Option(help="Text to continue, or the user's message with --chat.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 100,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling, with a temperature above 0.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+) -> None:
+    """Continue a prompt; tokens appear as they are made."""
+    import torch
+    from transformers import TextStreamer
+
+    model, tokenizer = _load(folder)
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    if tokenizer.pad_token_id is None:
+        sampling["pad_token_id"] = tokenizer.eos_token_id
+    streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    with torch.inference_mode():
+        model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+
+
+def _load(folder: str) -> tuple[Any, Any]:
+    import dcext
+    from dcext.format import CheckpointReader
+    from dcext.hub import load_tokenizer
+
+    with byte_progress("loading", CheckpointReader(folder).tensor_nbytes) as advance:
+        model = dcext.from_pretrained(folder, progress=advance)
+    return model, load_tokenizer(folder)
