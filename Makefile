@@ -1,7 +1,7 @@
 # `make help` lists the targets. A fresh machine needs python3 (3.10 or later, with venv), a C++17 compiler and make.
 #
 #   PYTHON  interpreter that the environment is made from
-#   TORCH   requirement installed where the environment has no torch yet; a newer one replaces it when given
+#   TORCH   requirement installed where the environment has no torch yet; given to make, it replaces the one there
 #   DCEXT_CUDA, DCEXT_ZSTD_DIR, DCEXT_XXHASH_DIR, DCEXT_CACHE, MAX_JOBS  see setup.py and third_party/README.md
 
 PYTHON ?= python3
@@ -22,7 +22,7 @@ BUILD_KEY := $(TORCH) $(DCEXT_CUDA) $(DCEXT_ZSTD_DIR) $(DCEXT_XXHASH_DIR) $(TORC
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "%-10s %s\n", $$1, $$2}'
 
-demo: build  ## compress, verify, measure and run a real model (about 5 minutes, downloads 93 MB)
+demo: build  ## compress, verify, measure and run a real model (downloads 132 MB the first time)
 	@$(PY) bench/demo.py
 
 test: build lint pytest  ## environment, build, lint, types, tests
@@ -45,7 +45,8 @@ format: $(VENV)/stamp-dev  ## ruff and clang-format, in place
 build: $(VENV)/stamp-dev  ## environment and extension, incrementally
 	@mkdir -p build
 	@echo '$(BUILD_KEY)' | cmp -s - build/key || { rm -f dcext/_C*.so; echo '$(BUILD_KEY)' > build/key; }
-	@$(PY) setup.py build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
+	@$(PY) setup.py build_ext --inplace > build/log 2>&1 || \
+	  { grep -E -A 4 'error:|^error|^Error' build/log || tail -n 40 build/log; echo 'the whole log: build/log'; exit 1; }
 
 bench: build  ## all benchmarks, with their hardware line
 	@set -e; for script in bench/bench_*.py; do $(PY) $$script; done
@@ -57,6 +58,10 @@ clean:  ## remove what was built
 
 distclean: clean  ## and the environment; downloads stay in the cache
 	rm -rf $(VENV)
+
+ifneq ($(origin TORCH),file)
+.PHONY: $(VENV)/stamp-env
+endif
 
 # torch first, then constraints, so that no package replaces it; an environment that has a torch keeps it.
 $(VENV)/stamp-env:

@@ -49,7 +49,11 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def build_extensions(self) -> None:
         zstd, xxhash = fetch.zstd_lib_dir(), fetch.xxhash_dir()
-        sources = [path for part in ("common", "compress", "decompress") for path in sorted((zstd / part).glob("*.[cS]"))]
+        sources = [
+            path
+            for part in ("common", "compress", "decompress")
+            for path in sorted((zstd / part).glob("*.[cS]"))
+        ]
         if os.uname().machine == "x86_64":
             sources.append(xxhash / "xxh_x86dispatch.c")
         else:
@@ -73,7 +77,9 @@ class BuildExtension(cpp_extension.BuildExtension):
         def compile_one(source: Path) -> str:
             target = out / f"{source.parent.name}-{source.name}.o"
             if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
-                subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(target)], check=True)
+                subprocess.run(
+                    [*compiler, *flags, "-c", str(source), "-o", str(target)], check=True
+                )
             return str(target)
 
         with ThreadPoolExecutor(max_jobs()) as pool:
@@ -82,8 +88,18 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 def extension() -> cpp_extension.CppExtension:
     cuda = wants_cuda()
-    sources = sorted(str(path) for path in CSRC.rglob("*.cpp") if cuda or path.name != "ops_cuda.cpp")
-    flags = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra"]
+    sources = sorted(
+        str(path) for path in CSRC.rglob("*.cpp") if cuda or path.name != "ops_cuda.cpp"
+    )
+    flags = [
+        "-O3",
+        "-g0",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        "-fopenmp",
+        "-Wall",
+        "-Wextra",
+    ]
     flags += ["-Wno-unused-parameter"]  # torch's headers
     arguments = {
         "name": "dcext._C",

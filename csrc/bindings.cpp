@@ -1,6 +1,6 @@
+#include <c10/util/ArrayRef.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <c10/util/ArrayRef.h>
 #include <torch/csrc/utils/pybind.h>
 
 #define ZSTD_STATIC_LINKING_ONLY
@@ -79,7 +79,8 @@ std::vector<std::string> supported_isa_names() {
 void set_isa(const std::string& name) {
   Isa isa;
   TORCH_CHECK_VALUE(parse_isa(name.c_str(), &isa) && isa_supported(isa),
-                    "set_isa: expected one of ", c10::ArrayRef<std::string>(supported_isa_names()), ", got '", name, "'");
+                    "set_isa: expected one of ", c10::ArrayRef<std::string>(supported_isa_names()),
+                    ", got '", name, "'");
   set_selected_isa(isa);
 }
 

@@ -11,9 +11,8 @@ at::Tensor encode_op(const at::Tensor& qweight, c10::string_view codec, int64_t 
   return encode(qweight, codec, level, slab_cols);
 }
 
-void decode_out_op(const at::Tensor& payload, int64_t row_begin, int64_t row_end,
-                   int64_t col_begin, int64_t col_end, int64_t num_threads, bool verify,
-                   at::Tensor out) {
+void decode_out_op(const at::Tensor& payload, int64_t row_begin, int64_t row_end, int64_t col_begin,
+                   int64_t col_end, int64_t num_threads, bool verify, at::Tensor out) {
   decode_out(payload, Region{row_begin, row_end, col_begin, col_end}, num_threads,
              static_cast<Verify>(verify), out);
 }
@@ -33,6 +32,10 @@ TORCH_LIBRARY(dcext, m) {
   m.def(
       "embedding(Tensor indices, Tensor payload, Tensor row_scale, Tensor? col_scale, "
       "int embedding_dim, ScalarType dtype) -> Tensor");
+  m.def("quantize_activations(Tensor x, Tensor? col_scale) -> (Tensor, Tensor)");
+  m.def(
+      "dequantize(Tensor acc, Tensor row_scale, Tensor act_scale, Tensor? bias, "
+      "ScalarType dtype) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dcext, CPU, m) {
@@ -40,4 +43,6 @@ TORCH_LIBRARY_IMPL(dcext, CPU, m) {
   m.impl("decode_out", &dcext::decode_out_op);
   m.impl("linear", &dcext::linear);
   m.impl("embedding", &dcext::embedding);
+  m.impl("quantize_activations", &dcext::quantize_activations);
+  m.impl("dequantize", &dcext::dequantize);
 }

@@ -22,9 +22,10 @@ Isa initial_isa() {
   if (name == nullptr || *name == '\0') return supported_isas().back();
   Isa isa;
   TORCH_CHECK_VALUE(parse_isa(name, &isa),
-                    "DCEXT_CPU: expected scalar, avx2, avxvnni, avx512vnni or amx, got '", name, "'");
-  TORCH_CHECK_VALUE(isa_supported(isa), "DCEXT_CPU: this machine has no '", name, "'; its best is '",
-                    isa_name(supported_isas().back()), "'");
+                    "DCEXT_CPU: expected scalar, avx2, avxvnni, avx512vnni or amx, got '", name,
+                    "'");
+  TORCH_CHECK_VALUE(isa_supported(isa), "DCEXT_CPU: this machine has no '", name,
+                    "'; its best is '", isa_name(supported_isas().back()), "'");
   return isa;
 }
 
@@ -39,7 +40,8 @@ CodecChoice parse_choice(c10::string_view codec, int64_t level, const int8_t* qw
                     "dcext::encode: codec: expected 'auto', 'raw' or 'zstd', got '", codec, "'");
   TORCH_CHECK_VALUE(level >= 0 && level <= kMaxZstdLevel, "dcext::encode: level: expected 1..",
                     kMaxZstdLevel, " or 0 for literals only, got ", level);
-  TORCH_CHECK_VALUE(level == 0 || codec == "zstd", "dcext::encode: level: expected none with codec '", codec, "', got ", level);
+  TORCH_CHECK_VALUE(level == 0 || codec == "zstd",
+                    "dcext::encode: level: expected none with codec '", codec, "', got ", level);
   CodecChoice choice{codec == "raw" ? Codec::kRaw : Codec::kZstd, static_cast<int>(level)};
   if (codec != "auto") return choice;
   const Status status = choose_codec(qweight, rows, cols, executor, &choice);
@@ -91,7 +93,8 @@ at::Tensor encode(const at::Tensor& qweight, c10::string_view codec, int64_t lev
   TORCH_CHECK_VALUE(qweight.dim() == 2 && qweight.is_cpu() && qweight.numel() > 0,
                     "dcext::encode: qweight: expected a non-empty 2-D CPU tensor, got shape ",
                     qweight.sizes(), " on ", qweight.device());
-  TORCH_CHECK_VALUE(slab_cols >= 0, "dcext::encode: slab_cols: expected 0 or more, got ", slab_cols);
+  TORCH_CHECK_VALUE(slab_cols >= 0, "dcext::encode: slab_cols: expected 0 or more, got ",
+                    slab_cols);
   const int64_t rows = qweight.size(0), cols = qweight.size(1);
   TORCH_CHECK_VALUE(rows <= kMaxDimension && cols <= kMaxDimension,
                     "dcext::encode: qweight: expected at most ", kMaxDimension,
@@ -115,14 +118,14 @@ void decode_out(const at::Tensor& payload, const Region& region, int64_t num_thr
   constexpr const char* kOp = "dcext::decode_out";
   const PayloadView view = parse_payload(kOp, payload);
   const PayloadLayout& layout = view.layout();
-  TORCH_CHECK_VALUE(0 <= region.row_begin && region.row_begin < region.row_end &&
-                        region.row_end <= layout.rows,
-                    kOp, ": rows: expected a range inside [0, ", layout.rows, "), got [",
-                    region.row_begin, ", ", region.row_end, ")");
-  TORCH_CHECK_VALUE(0 <= region.col_begin && region.col_begin < region.col_end &&
-                        region.col_end <= layout.cols,
-                    kOp, ": columns: expected a range inside [0, ", layout.cols, "), got [",
-                    region.col_begin, ", ", region.col_end, ")");
+  TORCH_CHECK_VALUE(
+      0 <= region.row_begin && region.row_begin < region.row_end && region.row_end <= layout.rows,
+      kOp, ": rows: expected a range inside [0, ", layout.rows, "), got [", region.row_begin, ", ",
+      region.row_end, ")");
+  TORCH_CHECK_VALUE(
+      0 <= region.col_begin && region.col_begin < region.col_end && region.col_end <= layout.cols,
+      kOp, ": columns: expected a range inside [0, ", layout.cols, "), got [", region.col_begin,
+      ", ", region.col_end, ")");
   TORCH_CHECK_TYPE(out.scalar_type() == at::kChar, kOp, ": out: expected torch.int8, got ",
                    out.scalar_type());
   TORCH_CHECK_VALUE(out.is_cpu() && out.dim() == 2 && out.size(0) == region.rows() &&

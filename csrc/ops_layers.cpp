@@ -42,13 +42,14 @@ ActivationType activation_type(const char* op, const char* argument, at::ScalarT
 }
 
 // A float32 vector of `size` elements, contiguous, on the CPU.
-const float* vector_data(const char* op, const char* argument, const at::Tensor& vector, int64_t size) {
+const float* vector_data(const char* op, const char* argument, const at::Tensor& vector,
+                         int64_t size) {
   TORCH_CHECK_TYPE(vector.scalar_type() == at::kFloat, op, ": ", argument,
                    ": expected torch.float32, got ", vector.scalar_type());
-  TORCH_CHECK_VALUE(vector.dim() == 1 && vector.size(0) == size && vector.is_contiguous() &&
-                        vector.is_cpu(),
-                    op, ": ", argument, ": expected a contiguous CPU tensor of shape [", size,
-                    "], got shape ", vector.sizes(), " on ", vector.device());
+  TORCH_CHECK_VALUE(
+      vector.dim() == 1 && vector.size(0) == size && vector.is_contiguous() && vector.is_cpu(), op,
+      ": ", argument, ": expected a contiguous CPU tensor of shape [", size, "], got shape ",
+      vector.sizes(), " on ", vector.device());
   return vector.const_data_ptr<float>();
 }
 
@@ -112,8 +113,8 @@ at::Tensor embedding(const at::Tensor& indices, const at::Tensor& payload,
   const at::Tensor flat = indices.to(at::kLong).contiguous();
   const int64_t* data = flat.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < flat.numel(); ++i) {
-    TORCH_CHECK_INDEX(0 <= data[i] && data[i] < rows, kOp, ": indices: expected values in [0, ", rows,
-                      "), got ", data[i]);
+    TORCH_CHECK_INDEX(0 <= data[i] && data[i] < rows, kOp, ": indices: expected values in [0, ",
+                      rows, "), got ", data[i]);
   }
   std::vector<int64_t> shape = indices.sizes().vec();
   shape.push_back(cols);
@@ -131,6 +132,57 @@ at::Tensor embedding(const at::Tensor& indices, const at::Tensor& payload,
   TorchExecutor executor;
   raise_if_failed(kOp, run_embedding(call, executor));
   return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_activations(
+    const at::Tensor& x, const std::optional<at::Tensor>& col_scale) {
+  constexpr const char* kOp = "dcext::quantize_activations";
+  const ActivationType type = activation_type(kOp, "x", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) >= 1, kOp,
+                    ": x: expected shape [..., in_features] with in_features >= 1, got ",
+                    x.sizes());
+  const int64_t cols = x.size(-1), tokens = x.numel() / cols;
+  const float* scale_data = optional_vector_data(kOp, "col_scale", col_scale, cols);
+  const at::Tensor input = x.contiguous();
+  const at::Tensor q = at::empty(x.sizes(), x.options().dtype(at::kChar));
+  const at::Tensor act_scale =
+      at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
+  const GemmKernels& kernels = gemm_kernels(selected_isa(), 1);
+  const auto* src = static_cast<const uint8_t*>(input.const_data_ptr());
+  auto* dst = q.mutable_data_ptr<int8_t>();
+  auto* scales = act_scale.mutable_data_ptr<float>();
+  TorchExecutor executor;
+  executor.run(tokens, [&](int64_t m, int) {
+    kernels.quantize(src + m * cols * activation_nbytes(type), type, scale_data, cols,
+                     dst + m * cols, scales + m);
+  });
+  return {q, act_scale};
+}
+
+at::Tensor dequantize(const at::Tensor& acc, const at::Tensor& row_scale,
+                      const at::Tensor& act_scale, const std::optional<at::Tensor>& bias,
+                      at::ScalarType dtype) {
+  constexpr const char* kOp = "dcext::dequantize";
+  const ActivationType type = activation_type(kOp, "dtype", dtype);
+  TORCH_CHECK_TYPE(acc.scalar_type() == at::kInt, kOp, ": acc: expected torch.int32, got ",
+                   acc.scalar_type());
+  TORCH_CHECK_VALUE(acc.dim() >= 1 && acc.size(-1) >= 1, kOp,
+                    ": acc: expected shape [..., out_features] with out_features >= 1, got ",
+                    acc.sizes());
+  const int64_t rows = acc.size(-1), tokens = acc.numel() / rows;
+  TORCH_CHECK_VALUE(act_scale.sizes() == acc.sizes().slice(0, acc.dim() - 1), kOp,
+                    ": act_scale: expected shape ", acc.sizes().slice(0, acc.dim() - 1), ", got ",
+                    act_scale.sizes());
+  const at::Tensor sums = acc.contiguous();
+  const at::Tensor token_scales = act_scale.reshape({tokens}).contiguous();
+  const at::Tensor y = at::empty(acc.sizes(), acc.options().dtype(dtype));
+  const PanelOutput output{vector_data(kOp, "row_scale", row_scale, rows),
+                           optional_vector_data(kOp, "bias", bias, rows), y.mutable_data_ptr(),
+                           rows, type};
+  gemm_kernels(selected_isa(), 1)
+      .dequantize(sums.const_data_ptr<int32_t>(), tokens, rows,
+                  vector_data(kOp, "act_scale", token_scales, tokens), output);
+  return y;
 }
 
 }  // namespace dcext

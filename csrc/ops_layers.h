@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
 
 namespace dcext {
 
@@ -15,5 +16,13 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& payload, const at::Tens
 at::Tensor embedding(const at::Tensor& indices, const at::Tensor& payload,
                      const at::Tensor& row_scale, const std::optional<at::Tensor>& col_scale,
                      int64_t embedding_dim, at::ScalarType dtype);
+
+/** The two halves of `linear` around the integer product, for devices that multiply elsewhere. */
+std::tuple<at::Tensor, at::Tensor> quantize_activations(const at::Tensor& x,
+                                                        const std::optional<at::Tensor>& col_scale);
+
+at::Tensor dequantize(const at::Tensor& acc, const at::Tensor& row_scale,
+                      const at::Tensor& act_scale, const std::optional<at::Tensor>& bias,
+                      at::ScalarType dtype);
 
 }  // namespace dcext

@@ -52,7 +52,8 @@ def decode(
         payload: 1-D uint8, contiguous, on the CPU. Not modified.
         num_threads: threads to use, None for all of the pool (``set_num_threads``).
         out: ``(rows, cols)`` int8 destination with contiguous rows, or None for a new tensor.
-        rows, cols: half-open ranges of output and input features, None for all.
+        rows: half-open range of output features, None for all.
+        cols: half-open range of input features, None for all.
         verify: compare each chunk with its checksum.
 
     Returns:

@@ -27,7 +27,8 @@ def compressible_modules(
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Embedding) and (filter_fn is None or filter_fn(name, module))
+        if type(module) in (nn.Linear, nn.Embedding)
+        and (filter_fn is None or filter_fn(name, module))
     }
 
 
@@ -123,7 +124,9 @@ def _compressed(
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             raise ValueError(f"compress_: max_norm: expected None, got {module.max_norm}")
-        replacement: CompressedModule = DCEmbedding(payload, row_scale, None, dtype, module.padding_idx)
+        replacement: CompressedModule = DCEmbedding(
+            payload, row_scale, None, dtype, module.padding_idx
+        )
     else:
         replacement = DCLinear(payload, row_scale, None, module.bias, config.activations, dtype)
     return replacement.train(module.training)

@@ -76,7 +76,9 @@ def perplexity(
     """
     ids = ids[:max_tokens]
     if ids.dim() != 1 or ids.numel() < 2:
-        raise ValueError(f"perplexity: ids: expected 1-D with at least 2 tokens, got shape {tuple(ids.shape)}")
+        raise ValueError(
+            f"perplexity: ids: expected 1-D with at least 2 tokens, got shape {tuple(ids.shape)}"
+        )
     if context < 2:
         raise ValueError(f"perplexity: context: expected at least 2, got {context}")
     total, count, run, seconds = 0.0, 0, 0, 0.0

@@ -44,7 +44,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not any(
+        (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+    ):
         raise FileNotFoundError(f"{folder}: expected a tokenizer (tokenizer.json), found none")
     return AutoTokenizer.from_pretrained(str(folder))
 
@@ -56,7 +58,9 @@ def _locate(model: str) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if (path / MANIFEST_NAME).is_file():
-            raise ValueError(f"{path}: expected a float model, found one that dcext compressed already")
+            raise ValueError(
+                f"{path}: expected a float model, found one that dcext compressed already"
+            )
         if (path / "config.json").is_file():
             return str(path), {}
         files = sorted(path.glob("*.gguf"))
@@ -64,7 +68,12 @@ def _locate(model: str) -> tuple[str, dict[str, Any]]:
             return str(path), {"gguf_file": files[0].name}
         found = f"{len(files)} .gguf files" if files else "neither"
         raise FileNotFoundError(f"{path}: expected config.json or one .gguf file, found {found}")
-    if path.exists() or model.count("/") > 1 or model.startswith((".", "/", "~")) or model.endswith(".gguf"):
+    if (
+        path.exists()
+        or model.count("/") > 1
+        or model.startswith((".", "/", "~"))
+        or model.endswith(".gguf")
+    ):
         found = "a file of another kind" if path.exists() else "nothing there"
         raise FileNotFoundError(f"{model}: expected a model folder or a .gguf file, found {found}")
     return model, {}

@@ -1,13 +1,15 @@
 """The operators of ``torch.ops.dcext``: registration of their fake (shape-only) implementations.
 
-============== =====================================================================================================
-operator       computes
-============== =====================================================================================================
-``linear``     ``(x * col_scale) @ (qweight * row_scale[:, None]).T + bias`` straight from the payload
-``embedding``  rows of ``qweight * row_scale[:, None] * col_scale``
-``encode``     the payload of a ``qweight``
-``decode_out`` a rectangle of ``qweight``, written into ``out``
-============== =====================================================================================================
+========================  ========================================================================================
+operator                  computes
+========================  ========================================================================================
+``linear``                ``(x * col_scale) @ (qweight * row_scale[:, None]).T + bias`` straight from the payload
+``embedding``             rows of ``qweight * row_scale[:, None] * col_scale``
+``encode``                the payload of a ``qweight``
+``decode_out``            a rectangle of ``qweight``, written into ``out``
+``quantize_activations``  int8 tokens and their scales, as ``linear`` quantizes them; also on CUDA
+``dequantize``            ``acc * row_scale * act_scale[:, None] + bias``, the end of ``linear``; also on CUDA
+========================  ========================================================================================
 
 Shapes: ``x`` (..., in_features) float32, bfloat16 or float16; ``payload`` 1-D uint8; ``row_scale`` (out_features,),
 ``col_scale`` (in_features,) and ``bias`` (out_features,) float32; ``indices`` any shape, int64 or int32. All on the
@@ -66,3 +68,15 @@ def _(
     out: Tensor,
 ) -> None:
     return None
+
+
+@torch.library.register_fake("dcext::quantize_activations")
+def _(x: Tensor, col_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("dcext::dequantize")
+def _(
+    acc: Tensor, row_scale: Tensor, act_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return acc.new_empty(acc.shape, dtype=dtype)

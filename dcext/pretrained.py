@@ -58,7 +58,9 @@ def save_pretrained(
     quantization = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
-        "activations": {name: m.activations for name, m in modules.items() if isinstance(m, DCLinear)},
+        "activations": {
+            name: m.activations for name, m in modules.items() if isinstance(m, DCLinear)
+        },
         "tied": tied,
         "config": None if config is None else config.to_dict(),
     }
@@ -99,11 +101,15 @@ def from_pretrained(
     """
     reader = CheckpointReader(directory)
     if "config.json" not in reader.file_names:
-        raise FormatError(f"{directory}: expected config.json in the manifest, found {reader.file_names}")
+        raise FormatError(
+            f"{directory}: expected config.json in the manifest, found {reader.file_names}"
+        )
     model_config = parse_json_object(reader.read_file("config.json"), "config.json")
     quantization = model_config.pop("quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-        raise FormatError(f"{directory}: config.json: quantization_config: expected quant_method 'dcext'")
+        raise FormatError(
+            f"{directory}: config.json: quantization_config: expected quant_method 'dcext'"
+        )
     model = _skeleton(directory, model_config)
     loader = _Loader(reader, quantization, progress or (lambda nbytes: None))
     loader.load_into(model)
@@ -126,6 +132,7 @@ def _tied_modules(modules: Mapping[str, CompressedModule]) -> dict[str, str]:
 def _tensors(model: nn.Module, tied: Mapping[str, str]) -> dict[str, Tensor]:
     """The state dict without what is stored under another name already."""
     tensors: dict[str, Tensor] = {}
+    compressed = compressed_modules(model)
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         module, _, leaf = name.rpartition(".")
@@ -134,7 +141,10 @@ def _tensors(model: nn.Module, tied: Mapping[str, str]) -> dict[str, Tensor]:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        tensors[name] = tensor.detach()
+        tensor = tensor.detach()
+        if leaf == "row_scale" and module in compressed and bool((tensor == tensor[0]).all()):
+            tensor = tensor[:1]  # one scale for the whole tensor is stored once
+        tensors[name] = tensor
     return tensors
 
 
@@ -157,7 +167,9 @@ def _skeleton(directory: str | Path, model_config: dict[str, Any]) -> nn.Module:
     architectures = model_config.get("architectures") or []
     model_class = getattr(transformers, architectures[0], None) if architectures else None
     if model_class is None:
-        raise FormatError(f"{directory}: config.json: architectures: expected one of transformers', found {architectures}")
+        raise FormatError(
+            f"{directory}: config.json: architectures: expected one of transformers', found {architectures}"
+        )
     config = model_class.config_class.from_dict(model_config)
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
@@ -183,13 +195,15 @@ class _Loader:
         self.used: set[str] = set()
 
     def load_into(self, model: nn.Module) -> None:
-        compressed = [key.removesuffix(".payload") for key in self.reader.keys() if key.endswith(".payload")]
+        compressed = [
+            key.removesuffix(".payload") for key in self.reader.names() if key.endswith(".payload")
+        ]
         for name in compressed:
             self.replace(model, name, self.compressed_module(model, name))
         for name, owner in self.quantization.get("tied", {}).items():
             self.replace(model, name, self.tied_module(model, name, owner))
         self.load_float_tensors(model)
-        unused = sorted(set(self.reader.keys()) - self.used)
+        unused = sorted(set(self.reader.names()) - self.used)
         if unused:
             raise FormatError(f"tensor {unused[0]!r}: the model has no place for it")
 
@@ -234,16 +248,27 @@ class _Loader:
     def tied_module(self, model: nn.Module, name: str, owner: str) -> CompressedModule:
         source = model.get_submodule(owner)
         if not isinstance(source, CompressedModule):
-            raise FormatError(f"config.json: tied: expected {owner!r} to be compressed, found that it is not")
+            raise FormatError(
+                f"config.json: tied: expected {owner!r} to be compressed, found that it is not"
+            )
         original = self.float_module(model, name)
         if isinstance(original, nn.Embedding):
             return DCEmbedding(
-                source.payload, source.row_scale, source.col_scale, original.weight.dtype, original.padding_idx
+                source.payload,
+                source.row_scale,
+                source.col_scale,
+                original.weight.dtype,
+                original.padding_idx,
             )
         bias = None if original.bias is None else self.tensor(f"{name}.bias")
         activations = self.quantization.get("activations", {}).get(name, "int8")
         return DCLinear(
-            source.payload, source.row_scale, source.col_scale, bias, activations, original.weight.dtype
+            source.payload,
+            source.row_scale,
+            source.col_scale,
+            bias,
+            activations,
+            original.weight.dtype,
         )
 
     def float_module(self, model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
@@ -252,7 +277,9 @@ class _Loader:
         except AttributeError:
             module = None
         if not isinstance(module, (nn.Linear, nn.Embedding)):
-            raise FormatError(f"tensor {name + '.payload'!r}: expected a linear layer or embedding of that name in the model")
+            raise FormatError(
+                f"tensor {name + '.payload'!r}: expected a linear layer or embedding of that name in the model"
+            )
         return module
 
     def replace(self, model: nn.Module, name: str, module: nn.Module) -> None:
@@ -266,7 +293,9 @@ class _Loader:
             if id(old) not in loaded and name in self.reader:
                 value = self.tensor(name)
                 if value.shape != old.shape:
-                    raise FormatError(f"tensor {name!r}: expected shape {tuple(old.shape)}, found {tuple(value.shape)}")
+                    raise FormatError(
+                        f"tensor {name!r}: expected shape {tuple(old.shape)}, found {tuple(value.shape)}"
+                    )
                 loaded[id(old)] = nn.Parameter(value, requires_grad=False)
         for name, old in list(model.named_parameters(remove_duplicate=False)):
             if id(old) not in loaded:

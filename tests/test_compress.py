@@ -103,10 +103,16 @@ def test_weights_with_nan_name_their_layer():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"recipe": "none"}, {"granularity": "column"}, {"codec": "lz4"}, {"activations": "int4"}, {"level": 3}],
+    [
+        {"recipe": "none"},
+        {"granularity": "column"},
+        {"codec": "lz4"},
+        {"activations": "int4"},
+        {"level": 3},
+    ],
 )
 def test_config_refuses_what_does_not_exist(changes):
-    with pytest.raises(ValueError, match="expected .* got"):
+    with pytest.raises(ValueError, match=r"expected .* got"):
         dcext.CompressionConfig(**changes)
 
 
@@ -153,7 +159,9 @@ def test_loading_does_not_depend_on_the_files_afterwards(copied, checkpoint):
 
 def test_generate(checkpoint):
     model = dcext.from_pretrained(checkpoint[0])
-    tokens = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    tokens = model.generate(
+        torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False, pad_token_id=0
+    )
     assert tokens.shape == (1, 8)
 
 
@@ -173,7 +181,9 @@ def test_a_flipped_bit_names_the_tensor(copied):
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(data)
-    with pytest.raises(dcext.FormatError, match=r"model\.safetensors: tensor '.*': checksum: expected"):
+    with pytest.raises(
+        dcext.FormatError, match=r"model\.safetensors: tensor '.*': checksum: expected"
+    ):
         dcext.from_pretrained(copied)
 
 
@@ -197,7 +207,9 @@ def test_import_is_light():
         "heavy = {'transformers', 'triton', 'accelerate', 'rich', 'typer'} & set(sys.modules); "
         "assert not heavy, heavy; assert not torch.cuda.is_initialized(); print(time.perf_counter() - begin)"
     )
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
     assert float(output.stdout) > 0
 
 

@@ -15,7 +15,15 @@ from dcext import _C
 ISAS = _C.supported_isas()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (tokens, in_features, out_features): odd sizes, tails of every kernel, one and several panels
-SHAPES = [(1, 1, 1), (2, 3, 5), (1, 64, 16), (5, 65, 17), (16, 100, 40), (33, 576, 300), (70, 3100, 96)]
+SHAPES = [
+    (1, 1, 1),
+    (2, 3, 5),
+    (1, 64, 16),
+    (5, 65, 17),
+    (16, 100, 40),
+    (33, 576, 300),
+    (70, 3100, 96),
+]
 
 
 @pytest.fixture(params=ISAS)
@@ -26,7 +34,9 @@ def isa(request):
     _C.set_isa(before)
 
 
-def random_layer(in_features, out_features, *, codec="auto", activations="int8", bias=True, sigma=20.0):
+def random_layer(
+    in_features, out_features, *, codec="auto", activations="int8", bias=True, sigma=20.0
+):
     generator = torch.Generator().manual_seed(in_features * 31 + out_features)
     noise = torch.randn(out_features, in_features, generator=generator) * sigma
     qweight = noise.round().clamp(-128, 127).to(torch.int8)
@@ -91,7 +101,9 @@ def test_same_bits_for_every_codec_isa_and_number_of_threads(dtype, activations)
 
 def test_many_tokens_and_column_slabs():
     qweight = (torch.randn(200, 300) * 3).round().to(torch.int8)
-    layer = dcext.DCLinear(dcext.encode(qweight, "zstd", slab_cols=70), torch.ones(200), torch.ones(300))
+    layer = dcext.DCLinear(
+        dcext.encode(qweight, "zstd", slab_cols=70), torch.ones(200), torch.ones(300)
+    )
     x = torch.randn(2, 2100, 300)  # more than one pass of 2,048 tokens
     assert torch.equal(layer(x), reference_int8(layer, x))
 
@@ -166,7 +178,10 @@ def test_copies_and_pickles():
 
 
 def test_state_dict_replaces_payloads_of_another_length():
-    source, target = random_layer(64, 20, codec="zstd", sigma=1.0), random_layer(64, 20, codec="raw")
+    source, target = (
+        random_layer(64, 20, codec="zstd", sigma=1.0),
+        random_layer(64, 20, codec="raw"),
+    )
     assert set(source.state_dict()) == {"payload", "row_scale", "col_scale", "bias"}
     target.load_state_dict(source.state_dict())
     x = torch.randn(3, 64)
@@ -176,7 +191,10 @@ def test_state_dict_replaces_payloads_of_another_length():
 
 def test_state_dict_with_a_wrong_payload_is_refused():
     layer = random_layer(64, 20)
-    for other, message in [(random_layer(64, 21), r"expected shape \(20, 64\)"), (None, "checksum")]:
+    for other, message in [
+        (random_layer(64, 21), r"expected shape \(20, 64\)"),
+        (None, "checksum"),
+    ]:
         state = copy.deepcopy(layer.state_dict())
         if other is None:
             state["payload"][-64] ^= 1
@@ -199,8 +217,14 @@ def test_repr_tells_shape_codec_ratio_and_tier():
         (lambda layer: layer(torch.zeros(3, 64, dtype=torch.float64)), TypeError),
         (lambda layer: dcext.DCLinear(layer.payload, torch.ones(19)), ValueError),
         (lambda layer: dcext.DCLinear(layer.payload, torch.ones(20), torch.ones(63)), ValueError),
-        (lambda layer: dcext.DCLinear(layer.payload, torch.ones(20), activations="int4"), ValueError),
-        (lambda layer: dcext.DCLinear.from_float(nn.Linear(2, 2), granularity="column"), ValueError),
+        (
+            lambda layer: dcext.DCLinear(layer.payload, torch.ones(20), activations="int4"),
+            ValueError,
+        ),
+        (
+            lambda layer: dcext.DCLinear.from_float(nn.Linear(2, 2), granularity="column"),
+            ValueError,
+        ),
     ],
 )
 def test_wrong_arguments(call, error):
@@ -227,6 +251,19 @@ def test_opcheck():
     torch.library.opcheck(ops.decode_out.default, (layer.payload, 0, 20, 0, 64, 0, True, out))
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.encode.default, (layer.qweight(), "zstd", 0, 0), test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_halves_of_linear_make_the_whole(isa, dtype):
+    layer = random_layer(100, 30)
+    x = torch.randn(2, 7, 100).to(dtype)
+    q, act_scale = torch.ops.dcext.quantize_activations(x, layer.col_scale)
+    acc = (q.long() @ layer.qweight().long().T).int()
+    y = torch.ops.dcext.dequantize(acc, layer.row_scale, act_scale, layer.bias, dtype)
+    assert torch.equal(y, layer(x))
+    torch.library.opcheck(torch.ops.dcext.quantize_activations.default, (x, layer.col_scale))
+    arguments = (acc, layer.row_scale, act_scale, layer.bias, dtype)
+    torch.library.opcheck(torch.ops.dcext.dequantize.default, arguments)
 
 
 def test_torch_compile_keeps_the_graph_whole():

@@ -23,7 +23,8 @@ bool cpu_has_avx_vnni() {
 bool cpu_has_amx_int8() {
   unsigned eax, ebx, ecx, edx;
   constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & (kTile | kInt8)) == (kTile | kInt8);
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+         (edx & (kTile | kInt8)) == (kTile | kInt8);
 }
 
 // Linux hands out the 8 KiB tile state on request only (arch_prctl(2), since 5.16).

@@ -30,7 +30,8 @@ struct RareBytes {
   RareBytes(const uint8_t* highs, int64_t n) {
     int64_t counts[256] = {};
     for (int64_t i = 0; i < n; ++i) ++counts[highs[i]];
-    for (int byte = 0; byte < 256; ++byte) rare[byte] = counts[byte] != 0 && is_rare(counts[byte], n);
+    for (int byte = 0; byte < 256; ++byte)
+      rare[byte] = counts[byte] != 0 && is_rare(counts[byte], n);
   }
   bool rare[256];
 };
@@ -57,7 +58,8 @@ void except_rare_pairs(const int8_t* src, int64_t n, uint8_t* highs,
       if (low == 0 && high == 0) break;
       const bool second = std::abs(high) > std::abs(low);
       const int64_t position = i / kHalf * kFilterGroup + i % kHalf + (second ? kHalf : 0);
-      highs[i] = static_cast<uint8_t>(second ? (highs[i] & 15) | kBias << 4 : (highs[i] & 240) | kBias);
+      highs[i] =
+          static_cast<uint8_t>(second ? (highs[i] & 15) | kBias << 4 : (highs[i] & 240) | kBias);
       if (position < n) exceptions->push_back(exception_of(position, src[position]));
     }
   }

@@ -70,8 +70,8 @@ Failure decode_tile(const PayloadView& view, int64_t index, const Region& region
     if (Failure bad = decode_chunk(view, index, verify, decoded); !bad.ok()) return bad;
     src = decoded;
   }
-  copy_rows(src + (row_begin - tile.row) * tile.cols + (col_begin - tile.col), tile.cols, rows, cols,
-            out, ld_dst);
+  copy_rows(src + (row_begin - tile.row) * tile.cols + (col_begin - tile.col), tile.cols, rows,
+            cols, out, ld_dst);
   return {};
 }
 

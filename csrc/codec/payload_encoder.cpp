@@ -16,7 +16,8 @@ namespace {
 constexpr double kLiteralsSpeed = 2.8, kLevel3Speed = 0.9, kLevel19Speed = 2.4;
 constexpr double kSizePerSlowdown = 0.1;  // twice the decode time is worth a tenth of the size
 constexpr double kRawThreshold = 0.98;    // a tile or matrix that shrinks by less is stored raw
-constexpr double kPairsCharge = 0.999;    // pairs decode up to 2.5 times as fast: worth a thousandth of the size
+constexpr double kPairsCharge =
+    0.999;  // pairs decode up to 2.5 times as fast: worth a thousandth of the size
 constexpr double kEstimateMargin = 1.01;  // a filter whose lower bound is this far off is not tried
 
 // All that ever win. Single highs with four low bits lose to pairs, odd numbers of low bits to even ones.
@@ -79,7 +80,7 @@ Status encode_filtered(const int8_t* src, int64_t n, const Filter& filter, Works
 
 uint32_t stored_nbytes(const EncodedChunk& encoded, const Tile& tile) {
   return static_cast<uint32_t>(encoded.encoding == Encoding::kRaw ? tile.weights()
-                                                                 : encoded.bytes.size());
+                                                                  : encoded.bytes.size());
 }
 
 // Literals only: every filter that may be the best one is tried, and the smallest result kept.
@@ -94,7 +95,8 @@ Status encode_literals(const int8_t* src, int64_t n, Workspace* work, EncodedChu
     EncodedChunk candidate;
     const Status status = encode_filtered(src, n, filter, work, &candidate);
     if (status != Status::kOk) return status;
-    const double charged = static_cast<double>(candidate.bytes.size()) * (filter.pairs ? kPairsCharge : 1.0);
+    const double charged =
+        static_cast<double>(candidate.bytes.size()) * (filter.pairs ? kPairsCharge : 1.0);
     if (out->bytes.empty() || charged < best) {
       best = charged;
       *out = std::move(candidate);
@@ -104,10 +106,9 @@ Status encode_literals(const int8_t* src, int64_t n, Workspace* work, EncodedChu
 }
 
 Status encode_tile(const int8_t* src, int64_t n, int level, Workspace* work, EncodedChunk* out) {
-  const Status status =
-      level == kLiteralsOnly
-          ? encode_literals(src, n, work, out)
-          : encode_frame(reinterpret_cast<const uint8_t*>(src), static_cast<size_t>(n), work, out);
+  const Status status = level == kLiteralsOnly ? encode_literals(src, n, work, out)
+                                               : encode_frame(reinterpret_cast<const uint8_t*>(src),
+                                                              static_cast<size_t>(n), work, out);
   if (status != Status::kOk) return status;
   if (static_cast<double>(out->bytes.size()) > kRawThreshold * static_cast<double>(n)) {
     *out = EncodedChunk{};
@@ -186,8 +187,8 @@ Status choose_codec(const int8_t* qweight, int64_t rows, int64_t cols, Executor&
   double best = kRawThreshold * static_cast<double>(raw_nbytes);
   uint64_t literals_nbytes = 0;
   *choice = {Codec::kRaw, kLiteralsOnly};
-  for (const Variant& variant :
-       {Variant{kLiteralsOnly, kLiteralsSpeed}, Variant{3, kLevel3Speed}, Variant{19, kLevel19Speed}}) {
+  for (const Variant& variant : {Variant{kLiteralsOnly, kLiteralsSpeed}, Variant{3, kLevel3Speed},
+                                 Variant{19, kLevel19Speed}}) {
     std::vector<EncodedChunk> chunks;
     const Status status = encode_tiles(qweight, layout, variant.level, sample, executor, &chunks);
     if (status != Status::kOk) return status;
@@ -203,7 +204,8 @@ Status choose_codec(const int8_t* qweight, int64_t rows, int64_t cols, Executor&
   return Status::kOk;
 }
 
-PayloadLayout plan_layout(int64_t rows, int64_t cols, int64_t slab_cols, const CodecChoice& choice) {
+PayloadLayout plan_layout(int64_t rows, int64_t cols, int64_t slab_cols,
+                          const CodecChoice& choice) {
   constexpr int64_t kSmallMatrix = int64_t{2} << 20, kSmallTile = int64_t{128} << 10;
   constexpr int64_t kTile = int64_t{256} << 10, kRowMultiple = 16;
   PayloadLayout layout;

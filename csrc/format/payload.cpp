@@ -12,7 +12,8 @@ constexpr int kVersionAt = 8, kCodecAt = 10, kReserved0At = 11, kLevelAt = 12, k
 constexpr int kRowsAt = 16, kColsAt = 24, kPanelRowsAt = 32, kSlabColsAt = 36, kNbytesAt = 40;
 constexpr int kNumChunksAt = 48, kReserved2At = 52, kChecksumAt = 56;
 // ... and of a chunk entry's.
-constexpr int kOffsetAt = 0, kStoredAt = 8, kFrameAt = 12, kEncodingAt = 16, kLowBitsAt = 17, kPairsAt = 18;
+constexpr int kOffsetAt = 0, kStoredAt = 8, kFrameAt = 12, kEncodingAt = 16, kLowBitsAt = 17,
+              kPairsAt = 18;
 constexpr int kChunkChecksumAt = 24;
 
 Failure failure(Status status, const char* field, uint64_t expected, uint64_t found,
@@ -33,7 +34,8 @@ Failure check_identity(const uint8_t* data, size_t nbytes) {
     return failure(Status::kTruncated, "payload bytes", kPayloadHeaderBytes, nbytes);
   }
   if (std::memcmp(data, kMagic, sizeof(kMagic)) != 0) {
-    return failure(Status::kBadMagic, "magic", load_le<uint64_t>(reinterpret_cast<const uint8_t*>(kMagic)),
+    return failure(Status::kBadMagic, "magic",
+                   load_le<uint64_t>(reinterpret_cast<const uint8_t*>(kMagic)),
                    load_le<uint64_t>(data));
   }
   const uint16_t version = load_le<uint16_t>(data + kVersionAt);
@@ -92,7 +94,8 @@ Failure check_sizes(const uint8_t* data, size_t nbytes, const PayloadLayout& lay
   }
   // num_chunks has 32 bits, so that the end of the table cannot overflow either.
   const uint64_t chunks_begin = static_cast<uint64_t>(layout.chunks_begin());
-  if (nbytes < chunks_begin) return failure(Status::kTruncated, "chunk table", chunks_begin, nbytes);
+  if (nbytes < chunks_begin)
+    return failure(Status::kTruncated, "chunk table", chunks_begin, nbytes);
   const uint64_t checksum = load_le<uint64_t>(data + kChecksumAt);
   const uint64_t actual = head_checksum(data, layout.chunks_begin());
   if (checksum != actual) return failure(Status::kBadChecksum, "header", checksum, actual);
@@ -124,7 +127,8 @@ Failure check_chunk(const PayloadView& view, int64_t index, uint64_t expected_of
                    static_cast<uint64_t>(chunk.encoding), index);
   }
   const uint8_t* entry = view.data() + kPayloadHeaderBytes + index * kChunkEntryBytes;
-  const uint64_t reserved = load_le<uint64_t>(entry + kEncodingAt) >> (8 * (kPairsAt - kEncodingAt));
+  const uint64_t reserved =
+      load_le<uint64_t>(entry + kEncodingAt) >> (8 * (kPairsAt - kEncodingAt));
   if (reserved > 1) {
     return failure(Status::kBadHeader, "pairs and reserved bytes", 1, reserved, index);
   }

@@ -9,7 +9,9 @@
 // (row, token) pair, and lanes are added at the end. Unsigned activations (VNNI) carry an offset of 128, which costs
 // one dot product with ones per vector of weights to take back.
 
-inline int64_t dot_stride(int64_t cols) { return (cols + Dot::kStep - 1) / Dot::kStep * Dot::kStep; }
+inline int64_t dot_stride(int64_t cols) {
+  return (cols + Dot::kStep - 1) / Dot::kStep * Dot::kStep;
+}
 
 int64_t dot_packed_nbytes(int64_t tokens, int64_t cols) {
   return tokens * dot_stride(cols) * static_cast<int64_t>(sizeof(Dot::Packed));
@@ -29,8 +31,9 @@ void dot_pack(const int8_t* q, int64_t, int64_t cols, int64_t begin, int64_t end
 // Sums of kRows rows times kTokens tokens over columns [begin, end) of a slab; they are added to `acc` unless `first`.
 template <int kRows, int kTokens>
 inline __attribute__((always_inline)) void dot_block(const WeightPanel& panel, int64_t n,
-                                                     const Dot::Packed* x, int64_t stride, int64_t begin,
-                                                     int64_t end, const int32_t* offsets, bool first,
+                                                     const Dot::Packed* x, int64_t stride,
+                                                     int64_t begin, int64_t end,
+                                                     const int32_t* offsets, bool first,
                                                      int32_t* acc) {
   Dot::Acc sums[kTokens][kRows];
   DCEXT_UNROLL for (int t = 0; t < kTokens; ++t) {
@@ -40,10 +43,12 @@ inline __attribute__((always_inline)) void dot_block(const WeightPanel& panel, i
   int64_t k = begin;
   for (; k + Dot::kStep <= end; k += Dot::kStep) {
     Dot::Activations activations[kTokens];
-    DCEXT_UNROLL for (int t = 0; t < kTokens; ++t) activations[t] = Dot::load_packed(x + t * stride + k);
+    DCEXT_UNROLL for (int t = 0; t < kTokens; ++t) activations[t] =
+        Dot::load_packed(x + t * stride + k);
     DCEXT_UNROLL for (int r = 0; r < kRows; ++r) {
       const Dot::Weights weights = Dot::load(w + r * panel.ld + k);
-      DCEXT_UNROLL for (int t = 0; t < kTokens; ++t) sums[t][r] = Dot::dot(sums[t][r], activations[t], weights);
+      DCEXT_UNROLL for (int t = 0; t < kTokens; ++t) sums[t][r] =
+          Dot::dot(sums[t][r], activations[t], weights);
     }
   }
   if (k < end) {
@@ -56,18 +61,21 @@ inline __attribute__((always_inline)) void dot_block(const WeightPanel& panel, i
   }
   DCEXT_UNROLL for (int t = 0; t < kTokens; ++t) {
     int32_t lanes[kRows];
-    Dot::Acc row_sums[kRows];  // a copy, so that `sums` never needs an address and stays in registers
+    Dot::Acc
+        row_sums[kRows];  // a copy, so that `sums` never needs an address and stays in registers
     for (int r = 0; r < kRows; ++r) row_sums[r] = sums[t][r];
     Dot::reduce<kRows>(row_sums, lanes);
     int32_t* out = acc + t * panel.rows + n;
-    DCEXT_UNROLL for (int r = 0; r < kRows; ++r) out[r] = lanes[r] - offsets[r] + (first ? 0 : out[r]);
+    DCEXT_UNROLL for (int r = 0; r < kRows; ++r) out[r] =
+        lanes[r] - offsets[r] + (first ? 0 : out[r]);
   }
 }
 
 // kOffset * (sum of the row's weights in [begin, end)), for kRows rows.
 template <int kRows>
-inline __attribute__((always_inline)) void dot_offsets(const WeightPanel& panel, int64_t n, int64_t begin,
-                                                       int64_t end, int32_t* offsets) {
+inline __attribute__((always_inline)) void dot_offsets(const WeightPanel& panel, int64_t n,
+                                                       int64_t begin, int64_t end,
+                                                       int32_t* offsets) {
   if (Dot::kOffset == 0) {
     for (int r = 0; r < kRows; ++r) offsets[r] = 0;
     return;
@@ -88,9 +96,9 @@ inline __attribute__((always_inline)) void dot_offsets(const WeightPanel& panel,
 
 template <int kRows>
 inline __attribute__((always_inline)) void dot_rows(const WeightPanel& panel, int64_t n,
-                                                    const Dot::Packed* x, int64_t stride, int64_t tokens,
-                                                    int64_t begin, int64_t end, bool first,
-                                                    int32_t* acc) {
+                                                    const Dot::Packed* x, int64_t stride,
+                                                    int64_t tokens, int64_t begin, int64_t end,
+                                                    bool first, int32_t* acc) {
   int32_t offsets[kRows];
   dot_offsets<kRows>(panel, n, begin, end, offsets);
   int64_t m = 0;
@@ -116,7 +124,8 @@ void dot_vector(const WeightPanel& panel, const Dot::Packed* x, int32_t* acc) {
       for (int i = 0; i < kUnroll; ++i) {
         const Dot::Weights weights = Dot::load(w + k + i * Dot::kStep);
         sums[i] = Dot::dot(sums[i], Dot::load_packed(x + k + i * Dot::kStep), weights);
-        if (Dot::kOffset != 0) sums[kUnroll + i] = Dot::dot(sums[kUnroll + i], Dot::ones(), weights);
+        if (Dot::kOffset != 0)
+          sums[kUnroll + i] = Dot::dot(sums[kUnroll + i], Dot::ones(), weights);
       }
       __builtin_prefetch(w + k + 4096);
     }
@@ -145,8 +154,7 @@ void dot_multiply(const WeightPanel& panel, const uint8_t* packed, int64_t token
   for (int64_t m = 0; m < tokens; m += kTokenBlock) {
     const int64_t count = tokens - m < kTokenBlock ? tokens - m : kTokenBlock;
     for (int64_t begin = 0; begin < panel.cols; begin += kColumnBlock) {
-      const int64_t end =
-          panel.cols - begin < kColumnBlock ? panel.cols : begin + kColumnBlock;
+      const int64_t end = panel.cols - begin < kColumnBlock ? panel.cols : begin + kColumnBlock;
       int64_t n = 0;
       for (; n + Dot::kRows <= panel.rows; n += Dot::kRows) {
         dot_rows<Dot::kRows>(panel, n, x + m * stride, stride, count, begin, end, begin == 0,

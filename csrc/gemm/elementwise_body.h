@@ -37,7 +37,8 @@ inline float float16_to_float(uint16_t value) {
 inline uint16_t float_to_float16(float value) {
   const uint32_t bits = as_bits(value), magnitude = bits & kAbsMask;
   const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);  // 2^-24 is the last bit of 0.5f
+  const uint32_t subnormal =
+      as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);  // 2^-24 is the last bit of 0.5f
   const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
   const uint32_t special = magnitude > kInfinityBits ? 0x7e00u : 0x7c00u;
   // 65520 is the midpoint between the largest binary16 and the next: it rounds to infinity.
@@ -102,7 +103,8 @@ void quantize_as(const void* x, const float* col_scale, int64_t cols, int8_t* q,
   }
   const float max = as_float(max_bits);
   *scale = max / 127.0f;
-  const float inverse = max < 1e-36f ? 0.0f : 127.0f / max;  // finite; such tokens are zero for any purpose
+  const float inverse =
+      max < 1e-36f ? 0.0f : 127.0f / max;  // finite; such tokens are zero for any purpose
   for (int64_t begin = 0; begin < cols; begin += kBlock) {
     const int64_t n = cols - begin < kBlock ? cols - begin : kBlock;
     widen_as<Type>(src + begin, col_scale == nullptr ? nullptr : col_scale + begin, n, values);
@@ -224,8 +226,9 @@ inline __attribute__((always_inline)) void weight_only_block(const float* weight
 
 template <int kRows>
 inline __attribute__((always_inline)) void weight_only_rows(const float* weights, const float* x,
-                                                            int64_t stride, int64_t n, int64_t begin,
-                                                            int64_t end, const PanelOutput& output) {
+                                                            int64_t stride, int64_t n,
+                                                            int64_t begin, int64_t end,
+                                                            const PanelOutput& output) {
   int64_t m = begin;
   for (; m + 2 <= end; m += 2) {
     weight_only_block<kRows, 2>(weights, x + m * stride, stride, n, m, output);
@@ -235,7 +238,8 @@ inline __attribute__((always_inline)) void weight_only_rows(const float* weights
 
 void multiply_weight_only(const WeightPanel& panel, const float* x, int64_t tokens, float* scratch,
                           const PanelOutput& output) {
-  constexpr int64_t kTokenBlock = 32;  // 32 tokens of 4096 columns are 512 KiB: they stay in the L2 cache
+  constexpr int64_t kTokenBlock =
+      32;  // 32 tokens of 4096 columns are 512 KiB: they stay in the L2 cache
   const int64_t stride = weight_only_cols(panel.cols);
   for (int64_t begin = 0; begin < tokens; begin += kTokenBlock) {
     const int64_t end = tokens - begin < kTokenBlock ? tokens : begin + kTokenBlock;

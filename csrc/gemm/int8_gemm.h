@@ -42,8 +42,8 @@ struct GemmKernels {
    *  scale and q are 0 for an all-zero token; scale is NaN and q 0 where v is not finite, so that the outputs of that
    *  token are NaN.
    *  @param x   (cols,) of `type`; @param col_scale (cols,) or null; @param q receives (cols,). */
-  void (*quantize)(const void* x, ActivationType type, const float* col_scale, int64_t cols, int8_t* q,
-                   float* scale);
+  void (*quantize)(const void* x, ActivationType type, const float* col_scale, int64_t cols,
+                   int8_t* q, float* scale);
 
   /** Bytes of the packed activations of `tokens` tokens; a multiple of 64. */
   int64_t (*packed_nbytes)(int64_t tokens, int64_t cols);
@@ -67,15 +67,16 @@ struct GemmKernels {
    *  sum has 16 partial sums (k mod 16), each in order of k, added as a binary tree.
    *  @param x   (tokens, align_up(cols, 16)) float32, col_scale applied, zeros behind the columns, 64-byte aligned.
    *  @param scratch   `weight_only_scratch_nbytes(cols)` bytes, 64-byte aligned. */
-  void (*multiply_weight_only)(const WeightPanel& panel, const float* x, int64_t tokens, float* scratch,
-                               const PanelOutput& output);
+  void (*multiply_weight_only)(const WeightPanel& panel, const float* x, int64_t tokens,
+                               float* scratch, const PanelOutput& output);
 
   /** out[k] = float(x[k]) * col_scale[k], zeros up to align_up(cols, 16). */
-  void (*widen)(const void* x, ActivationType type, const float* col_scale, int64_t cols, float* out);
+  void (*widen)(const void* x, ActivationType type, const float* col_scale, int64_t cols,
+                float* out);
 
   /** out[k] = (float(weight[k]) * row_scale) * col_scale[k], rounded to `type`: one row of an embedding. */
-  void (*dequantize_row)(const int8_t* weight, int64_t cols, float row_scale, const float* col_scale,
-                         ActivationType type, void* out);
+  void (*dequantize_row)(const int8_t* weight, int64_t cols, float row_scale,
+                         const float* col_scale, ActivationType type, void* out);
 };
 
 constexpr int64_t kPackTokens = 16;

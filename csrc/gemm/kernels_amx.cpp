@@ -22,8 +22,8 @@ DCEXT_TARGET_BEGIN("avx2,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8")
 namespace dcext {
 namespace {
 
-constexpr int64_t kTile = 16;       // rows of weights, and tokens
-constexpr int64_t kTileCols = 64;   // columns: one product
+constexpr int64_t kTile = 16;      // rows of weights, and tokens
+constexpr int64_t kTileCols = 64;  // columns: one product
 constexpr int64_t kTileBytes = kTile * kTileCols;
 
 constexpr int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -43,7 +43,8 @@ void pack(const int8_t* q, int64_t tokens, int64_t cols, int64_t begin, int64_t 
     for (int64_t m = 0; m < last; ++m) {
       const int8_t* row = q + (block * kTile + m) * cols;
       for (int64_t k = 0; k < cols; k += 4) {
-        std::memcpy(out + k * kTile + m * 4, row + k, static_cast<size_t>(cols - k < 4 ? cols - k : 4));
+        std::memcpy(out + k * kTile + m * 4, row + k,
+                    static_cast<size_t>(cols - k < 4 ? cols - k : 4));
       }
     }
   }
@@ -83,9 +84,11 @@ inline WeightTile weight_tile(const WeightPanel& panel, int64_t n, int64_t k, in
 }
 
 // A 16 x 16 block of sums, [row][token], to acc[token][row].
-inline void store_transposed(const int32_t* sums, int64_t rows, int64_t tokens, int64_t ld, int32_t* acc) {
-  const __m512i index = _mm512_mullo_epi32(
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(kTile));
+inline void store_transposed(const int32_t* sums, int64_t rows, int64_t tokens, int64_t ld,
+                             int32_t* acc) {
+  const __m512i index =
+      _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                         _mm512_set1_epi32(kTile));
   const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
   for (int64_t m = 0; m < tokens; ++m) {
     _mm512_mask_storeu_epi32(acc + m * ld, mask, _mm512_i32gather_epi32(index, sums + m, 4));
@@ -94,7 +97,8 @@ inline void store_transposed(const int32_t* sums, int64_t rows, int64_t tokens, 
 
 // Rows n .. n + 16 kRowTiles times token blocks b .. b + kTokenTiles.
 template <int kRowTiles, int kTokenTiles>
-inline __attribute__((always_inline)) void tile_block(const WeightPanel& panel, const uint8_t* packed, int64_t tokens,
+inline __attribute__((always_inline)) void tile_block(const WeightPanel& panel,
+                                                      const uint8_t* packed, int64_t tokens,
                                                       int64_t n, int64_t b, int32_t* acc) {
   alignas(64) int8_t edges[2][kTileBytes];
   alignas(64) int32_t sums[4][kTile * kTile];
@@ -136,21 +140,25 @@ inline __attribute__((always_inline)) void tile_block(const WeightPanel& panel, 
 }
 
 template <int kRowTiles>
-inline __attribute__((always_inline)) void tile_rows(const WeightPanel& panel, const uint8_t* packed, int64_t tokens,
-                                                     int64_t n, int64_t begin, int64_t end, int32_t* acc) {
+inline __attribute__((always_inline)) void tile_rows(const WeightPanel& panel,
+                                                     const uint8_t* packed, int64_t tokens,
+                                                     int64_t n, int64_t begin, int64_t end,
+                                                     int32_t* acc) {
   int64_t b = begin;
   for (; b + 2 <= end; b += 2) tile_block<kRowTiles, 2>(panel, packed, tokens, n, b, acc);
   if (b < end) tile_block<kRowTiles, 1>(panel, packed, tokens, n, b, acc);
 }
 
 void multiply(const WeightPanel& panel, const uint8_t* packed, int64_t tokens, int32_t* acc) {
-  constexpr int64_t kTokenBlocks = 8;  // 128 tokens of 4096 columns are 512 KiB: they stay in the L2 cache
+  constexpr int64_t kTokenBlocks =
+      8;  // 128 tokens of 4096 columns are 512 KiB: they stay in the L2 cache
   const int64_t blocks = tiles(tokens, kTile);
   configure_tiles();
   for (int64_t begin = 0; begin < blocks; begin += kTokenBlocks) {
     const int64_t end = blocks - begin < kTokenBlocks ? blocks : begin + kTokenBlocks;
     int64_t n = 0;
-    for (; n + kTile < panel.rows; n += 2 * kTile) tile_rows<2>(panel, packed, tokens, n, begin, end, acc);
+    for (; n + kTile < panel.rows; n += 2 * kTile)
+      tile_rows<2>(panel, packed, tokens, n, begin, end, acc);
     if (n < panel.rows) tile_rows<1>(panel, packed, tokens, n, begin, end, acc);
   }
   _tile_release();
@@ -158,10 +166,15 @@ void multiply(const WeightPanel& panel, const uint8_t* packed, int64_t tokens, i
 
 }  // namespace
 
-extern const GemmKernels kAmxKernels = {
-    Isa::kAmx, kAvx512Kernels.quantize,   packed_nbytes,                       pack,
-    multiply,  kAvx512Kernels.dequantize, kAvx512Kernels.multiply_weight_only, kAvx512Kernels.widen,
-    kAvx512Kernels.dequantize_row};
+extern const GemmKernels kAmxKernels = {Isa::kAmx,
+                                        kAvx512Kernels.quantize,
+                                        packed_nbytes,
+                                        pack,
+                                        multiply,
+                                        kAvx512Kernels.dequantize,
+                                        kAvx512Kernels.multiply_weight_only,
+                                        kAvx512Kernels.widen,
+                                        kAvx512Kernels.dequantize_row};
 
 }  // namespace dcext
 

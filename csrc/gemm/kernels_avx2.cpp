@@ -46,10 +46,9 @@ struct Dot : Avx2Reduce {
 
 }  // namespace
 
-extern const GemmKernels kAvx2Kernels = {
-    Isa::kAvx2,   quantize,   dot_packed_nbytes,    dot_pack,
-    dot_multiply, dequantize, multiply_weight_only, widen,
-    dequantize_row};
+extern const GemmKernels kAvx2Kernels = {Isa::kAvx2,    quantize,   dot_packed_nbytes,    dot_pack,
+                                         dot_multiply,  dequantize, multiply_weight_only, widen,
+                                         dequantize_row};
 
 }  // namespace dcext
 

@@ -71,9 +71,8 @@ struct Dot {
 }  // namespace
 
 extern const GemmKernels kAvx512Kernels = {
-    Isa::kAvx512Vnni, quantize,   dot_packed_nbytes,    dot_pack,
-    dot_multiply,     dequantize, multiply_weight_only, widen,
-    dequantize_row};
+    Isa::kAvx512Vnni,     quantize, dot_packed_nbytes, dot_pack, dot_multiply, dequantize,
+    multiply_weight_only, widen,    dequantize_row};
 
 }  // namespace dcext
 

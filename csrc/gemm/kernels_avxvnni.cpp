@@ -44,9 +44,8 @@ struct Dot : Avx2Reduce {
 }  // namespace
 
 extern const GemmKernels kAvxVnniKernels = {
-    Isa::kAvxVnni, quantize,   dot_packed_nbytes,    dot_pack,
-    dot_multiply,  dequantize, multiply_weight_only, widen,
-    dequantize_row};
+    Isa::kAvxVnni,        quantize, dot_packed_nbytes, dot_pack, dot_multiply, dequantize,
+    multiply_weight_only, widen,    dequantize_row};
 
 }  // namespace dcext
 

@@ -31,8 +31,8 @@ void multiply(const WeightPanel& panel, const uint8_t* packed, int64_t tokens, i
 
 }  // namespace
 
-extern const GemmKernels kScalarKernels = {Isa::kScalar, quantize,   packed_nbytes,        pack,
-                                           multiply,     dequantize, multiply_weight_only, widen,
-    dequantize_row};
+extern const GemmKernels kScalarKernels = {Isa::kScalar,  quantize,   packed_nbytes,        pack,
+                                           multiply,      dequantize, multiply_weight_only, widen,
+                                           dequantize_row};
 
 }  // namespace dcext

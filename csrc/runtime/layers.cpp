@@ -81,13 +81,14 @@ Failure run_int8(const LinearCall& call, Executor& executor) {
   auto* q = reinterpret_cast<int8_t*>(q_scratch.reserve(call.tokens * layout.cols));
   uint8_t* packed = packed_scratch.reserve(packed_nbytes);
   auto* act_scale = reinterpret_cast<float*>(scale_scratch.reserve(call.tokens * sizeof(float)));
-  if (q == nullptr || packed == nullptr || act_scale == nullptr) return out_of_memory(packed_nbytes);
+  if (q == nullptr || packed == nullptr || act_scale == nullptr)
+    return out_of_memory(packed_nbytes);
 
   executor.run(ceil_div(call.tokens, kPackTokens), [&](int64_t block, int) {
     const int64_t begin = block * kPackTokens, end = std::min(call.tokens, begin + kPackTokens);
     for (int64_t m = begin; m < end; ++m) {
-      kernels.quantize(token_at(call, m), call.type, call.col_scale, layout.cols, q + m * layout.cols,
-                       act_scale + m);
+      kernels.quantize(token_at(call, m), call.type, call.col_scale, layout.cols,
+                       q + m * layout.cols, act_scale + m);
     }
     kernels.pack(q, call.tokens, layout.cols, begin, end, packed);
   });
@@ -145,8 +146,9 @@ Failure run_linear(const LinearCall& call, Executor& executor) {
     part.x = token_at(call, begin);
     part.y = static_cast<uint8_t*>(call.y) +
              begin * call.weight->layout().rows * activation_nbytes(call.type);
-    const Failure failure = call.activations == Activations::kInt8 ? run_int8(part, executor)
-                                                                   : run_weight_only(part, executor);
+    const Failure failure = call.activations == Activations::kInt8
+                                ? run_int8(part, executor)
+                                : run_weight_only(part, executor);
     if (!failure.ok()) return failure;
   }
   return {};
@@ -175,8 +177,8 @@ Failure run_embedding(const EmbeddingCall& call, Executor& executor) {
     }
     for (int64_t i = starts[run]; i < starts[run + 1]; ++i) {
       const int64_t row = call.indices[order[i]];
-      auto* out = static_cast<uint8_t*>(call.out) +
-                  order[i] * layout.cols * activation_nbytes(call.type);
+      auto* out =
+          static_cast<uint8_t*>(call.out) + order[i] * layout.cols * activation_nbytes(call.type);
       kernels.dequantize_row(panel.data + (row - index * layout.panel_rows) * panel.ld, layout.cols,
                              call.row_scale[row], call.col_scale, call.type, out);
     }

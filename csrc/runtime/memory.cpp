@@ -28,7 +28,8 @@ uint8_t* allocate_weights(int64_t nbytes) {
   const int64_t before = aligned - data;
   if (before != 0) munmap(data, before);
   if (before != slack) munmap(aligned + size, slack - before);
-  madvise(aligned, size / kHugePage * kHugePage, MADV_HUGEPAGE);  // advice: refusal costs speed only
+  madvise(aligned, size / kHugePage * kHugePage,
+          MADV_HUGEPAGE);  // advice: refusal costs speed only
   return aligned;
 }
 

@@ -38,5 +38,7 @@ def main() -> None:
             raise
         console = Console(stderr=True)
         console.print("[bold red]error:[/]", end=" ")
-        console.print(f"{type(error).__name__}: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{type(error).__name__}: {error}", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(1)

@@ -21,7 +21,9 @@ from rich.progress import (
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-OutFolder = Annotated[str, typer.Argument(metavar="OUT", help="Folder that `dcext compress` wrote.")]
+OutFolder = Annotated[
+    str, typer.Argument(metavar="OUT", help="Folder that `dcext compress` wrote.")
+]
 
 
 def console() -> Console:

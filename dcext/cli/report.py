@@ -20,7 +20,9 @@ def inspect(folder: OutFolder, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(summary)
         return
-    table = Table(caption="entropy: order 0; bits/weight and ratio count every stored byte of a layer")
+    table = Table(
+        caption="entropy: order 0; bits/weight and ratio count every stored byte of a layer"
+    )
     table.add_column("tensor", overflow="fold")
     for heading in ("shape", "codec", "entropy", "bits/weight", "ratio"):
         table.add_column(heading, justify="right")
@@ -41,7 +43,7 @@ def summarize(reader: Any, *, with_entropy: bool = False) -> dict[str, Any]:
     """
     from dcext import payload_info
 
-    names = [name.removesuffix(".payload") for name in reader.keys() if name.endswith(".payload")]
+    names = [name.removesuffix(".payload") for name in reader.names() if name.endswith(".payload")]
     rows = [_describe(reader, name, payload_info(reader.get(f"{name}.payload"))) for name in names]
     weights = sum(row["weights"] for row in rows)
     stored = sum(row["nbytes"] for row in rows)

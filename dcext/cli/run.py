@@ -7,14 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from dcext.cli.output import JsonOption, OutFolder, byte_progress, console, print_json, token_progress
+from dcext.cli.output import (
+    JsonOption,
+    OutFolder,
+    byte_progress,
+    console,
+    print_json,
+    token_progress,
+)
 
 
 def evaluate(
     folder: OutFolder,
     text: Annotated[Path, typer.Option(help="UTF-8 text to predict.")],
     context: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 512,
-    max_tokens: Annotated[int | None, typer.Option(help="Use only so many tokens of the text.", min=2)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Use only so many tokens of the text.", min=2)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity on a text, and tokens per second."""
@@ -42,11 +51,17 @@ def evaluate(
 
 def generate(
     folder: OutFolder,
-    prompt: Annotated[str, typer.Option(help="Text to continue, or the user's message with --chat.")],
+    prompt: Annotated[
+        str, typer.Option(help="Text to continue, or the user's message with --chat.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 100,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0)] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token.", min=0)
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling, with a temperature above 0.")] = 0,
-    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option(help="Wrap the prompt in the model's chat template.")
+    ] = False,
 ) -> None:
     """Continue a prompt; tokens appear as they are made."""
     import torch

@@ -13,12 +13,18 @@ from dcext.cli.output import JsonOption, OutFolder, byte_progress, console, prin
 
 def compress(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file, or name on the Hugging Face hub.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Model folder, .gguf file, or name on the Hugging Face hub."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     recipe: Annotated[str, typer.Option(help="How weights become integers: int8.")] = "int8",
     granularity: Annotated[
-        str, typer.Option(help="One scale per output row (most accurate) or per tensor (smaller): row, tensor.")
+        str,
+        typer.Option(
+            help="One scale per output row (most accurate) or per tensor (smaller): row, tensor."
+        ),
     ] = "row",
     codec: Annotated[str, typer.Option(help="auto, raw or zstd.")] = "auto",
     level: Annotated[
@@ -88,7 +94,7 @@ def verify(folder: OutFolder, as_json: JsonOption = False) -> None:
     from dcext.format import CheckpointReader
 
     reader = CheckpointReader(folder)
-    payloads = [name for name in reader.keys() if name.endswith(".payload")]
+    payloads = [name for name in reader.names() if name.endswith(".payload")]
     weights = sum(_num_weights(reader, name) for name in payloads)
     with byte_progress("checksums", reader.tensor_nbytes) as advance:
         reader.verify_all(advance)
@@ -97,8 +103,15 @@ def verify(folder: OutFolder, as_json: JsonOption = False) -> None:
             try:
                 advance(dcext.decode(reader.get(name)).numel())
             except dcext.FormatError as error:
-                raise dcext.FormatError(f"{reader.info(name).file}: tensor {name!r}: {error}") from None
-    result = {"ok": True, "files": len(reader.file_names) + 1, "nbytes": reader.nbytes, "weights": weights}
+                raise dcext.FormatError(
+                    f"{reader.info(name).file}: tensor {name!r}: {error}"
+                ) from None
+    result = {
+        "ok": True,
+        "files": len(reader.file_names) + 1,
+        "nbytes": reader.nbytes,
+        "weights": weights,
+    }
     if as_json:
         print_json(result)
         return
@@ -130,23 +143,34 @@ def decompress(
 
     reader = CheckpointReader(folder)
     tensors = {}
-    weights = sum(_num_weights(reader, name) for name in reader.keys() if name.endswith(".payload"))
+    weights = sum(
+        _num_weights(reader, name) for name in reader.names() if name.endswith(".payload")
+    )
     with byte_progress("decoding", weights) as advance:
-        for name in reader.keys():
+        for name in reader.names():
             reader.verify(name)
             tensor = reader.get(name)
             if name.endswith(".payload"):
                 tensor, name = dcext.decode(tensor), name.removesuffix(".payload") + ".weight"
                 advance(tensor.numel())
             tensors[name] = tensor
-    files = {name: reader.read_file(name) for name in reader.file_names if name.endswith((".json", ".txt", ".model", ".jinja"))}
+    files = {
+        name: reader.read_file(name)
+        for name in reader.file_names
+        if name.endswith((".json", ".txt", ".model", ".jinja"))
+    }
     files.pop("model.safetensors.index.json", None)
     with byte_progress("writing", sum(tensor.nbytes for tensor in tensors.values())) as advance:
         write_checkpoint(
-            output, tensors, files, max_shard_nbytes=int(max_shard_gb * 1e9), overwrite=overwrite, progress=advance
+            output,
+            tensors,
+            files,
+            max_shard_nbytes=int(max_shard_gb * 1e9),
+            overwrite=overwrite,
+            progress=advance,
         )
-    result = {"output": str(output), "nbytes": CheckpointReader(output).nbytes, "tensors": len(tensors)}
+    nbytes = CheckpointReader(output).nbytes
     if as_json:
-        print_json(result)
+        print_json({"output": str(output), "nbytes": nbytes, "tensors": len(tensors)})
         return
-    console().print(f"{output}: {result['tensors']} tensors, {result['nbytes'] / 1e6:.1f} MB", soft_wrap=True)
+    console().print(f"{output}: {len(tensors)} tensors, {nbytes / 1e6:.1f} MB", soft_wrap=True)

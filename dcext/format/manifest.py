@@ -42,15 +42,23 @@ def parse_manifest(data: bytes) -> dict[str, dict[str, Any]]:
     body = parse_json_object(data, MANIFEST_NAME)
     version = body.get("format_version")
     if version != FORMAT_VERSION:
-        raise FormatError(f"{MANIFEST_NAME}: format_version: expected {FORMAT_VERSION}, found {version!r}")
+        raise FormatError(
+            f"{MANIFEST_NAME}: format_version: expected {FORMAT_VERSION}, found {version!r}"
+        )
     stated = body.pop("xxh3_64", None)
     found = hash_bytes(canonical_json(body))
     # The layout of the text is part of what is checked: a manifest has exactly one form.
     if stated != found or dump_manifest(body.get("files", {})) != data:
-        raise FormatError(f"{MANIFEST_NAME}: checksum: expected {stated!r}, found {found!r} (the file was altered)")
+        raise FormatError(
+            f"{MANIFEST_NAME}: checksum: expected {stated!r}, found {found!r} (the file was altered)"
+        )
     files = body.get("files")
-    if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
-        raise FormatError(f"{MANIFEST_NAME}: files: expected names with nbytes and hashes, found something else")
+    if not isinstance(files, dict) or not all(
+        _is_entry(name, entry) for name, entry in files.items()
+    ):
+        raise FormatError(
+            f"{MANIFEST_NAME}: files: expected names with nbytes and hashes, found something else"
+        )
     return files
 
 

@@ -36,7 +36,9 @@ class CheckpointReader:
         """
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise FileNotFoundError(f"{self.directory}: expected a folder written by dcext, found none")
+            raise FileNotFoundError(
+                f"{self.directory}: expected a folder written by dcext, found none"
+            )
         self._files = self._read_manifest()
         self._views: dict[str, memoryview] = {}
         self._tensors: dict[str, TensorInfo] = {}
@@ -45,16 +47,22 @@ class CheckpointReader:
             if not path.is_file():
                 raise FormatError(f"{path}: expected {entry['nbytes']} bytes, found no such file")
             if path.stat().st_size != entry["nbytes"]:
-                raise FormatError(f"{path}: expected {entry['nbytes']} bytes, found {path.stat().st_size}")
+                raise FormatError(
+                    f"{path}: expected {entry['nbytes']} bytes, found {path.stat().st_size}"
+                )
             if "tensors" in entry:
                 self._open_shard(name, entry)
 
     def _read_manifest(self) -> dict[str, dict[str, Any]]:
         path = self.directory / MANIFEST_NAME
         if not path.is_file():
-            raise FormatError(f"{path}: expected the manifest of a dcext checkpoint, found no such file")
+            raise FormatError(
+                f"{path}: expected the manifest of a dcext checkpoint, found no such file"
+            )
         if path.stat().st_size > MAX_MANIFEST_NBYTES:
-            raise FormatError(f"{path}: expected at most {MAX_MANIFEST_NBYTES} bytes, found {path.stat().st_size}")
+            raise FormatError(
+                f"{path}: expected at most {MAX_MANIFEST_NBYTES} bytes, found {path.stat().st_size}"
+            )
         return parse_manifest(path.read_bytes())
 
     def _open_shard(self, name: str, entry: dict[str, Any]) -> None:
@@ -64,10 +72,14 @@ class CheckpointReader:
         infos = parse_header(name, view)
         if infos.keys() != entry["tensors"].keys():
             different = sorted(infos.keys() ^ entry["tensors"].keys())[0]
-            raise FormatError(f"{name}: expected the tensors of the manifest, found a difference in {different!r}")
+            raise FormatError(
+                f"{name}: expected the tensors of the manifest, found a difference in {different!r}"
+            )
         for tensor, info in infos.items():
             if tensor in self._tensors:
-                raise FormatError(f"{name}: tensor {tensor!r}: found in {self._tensors[tensor].file} too")
+                raise FormatError(
+                    f"{name}: tensor {tensor!r}: found in {self._tensors[tensor].file} too"
+                )
             self._tensors[tensor] = info
 
     def _map(self, name: str) -> memoryview:
@@ -77,7 +89,7 @@ class CheckpointReader:
             self._views[name] = memoryview(mapped)
         return self._views[name]
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Names of all tensors."""
         return sorted(self._tensors)
 
@@ -151,7 +163,7 @@ class CheckpointReader:
         """
         for name in self._small_files():
             self.read_file(name)
-        for name in self.keys():
+        for name in self.names():
             self.verify(name, progress)
 
     def _small_files(self) -> Iterator[str]:

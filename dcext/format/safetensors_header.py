@@ -86,7 +86,9 @@ def parse_header(file: str, data: memoryview) -> dict[str, TensorInfo]:
     end = begin
     for name, info in sorted(infos.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != end:
-            raise FormatError(f"{file}: tensor {name!r}: expected data at byte {end}, found {info.offset}")
+            raise FormatError(
+                f"{file}: tensor {name!r}: expected data at byte {end}, found {info.offset}"
+            )
         end += info.nbytes
     if end != len(data):
         raise FormatError(f"{file}: expected {end} bytes, found {len(data)}")
@@ -95,17 +97,23 @@ def parse_header(file: str, data: memoryview) -> dict[str, TensorInfo]:
 
 def _parse_entry(file: str, name: str, entry: Any, begin: int) -> TensorInfo:
     place = f"{file}: tensor {name!r}"
-    fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
     if dtype not in DTYPES:
         raise FormatError(f"{place}: dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise FormatError(f"{place}: expected shape and data_offsets, found {shape!r} and {offsets!r}")
+        raise FormatError(
+            f"{place}: expected shape and data_offsets, found {shape!r} and {offsets!r}"
+        )
     nbytes = DTYPES[dtype].itemsize
     for size in shape:
         nbytes *= size
     if offsets[1] - offsets[0] != nbytes:
-        raise FormatError(f"{place}: expected {nbytes} bytes for shape {shape}, found {offsets[1] - offsets[0]}")
+        raise FormatError(
+            f"{place}: expected {nbytes} bytes for shape {shape}, found {offsets[1] - offsets[0]}"
+        )
     return TensorInfo(file, DTYPES[dtype], tuple(shape), begin + offsets[0], nbytes)
 
 
@@ -117,4 +125,4 @@ def data_ptr_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, without a copy. The tensor must outlive it."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -61,10 +61,14 @@ def write_checkpoint(
     check_target(target, overwrite)
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu" or tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name}: expected a CPU tensor, got {tensor.dtype} on {tensor.device}")
+            raise ValueError(
+                f"{name}: expected a CPU tensor, got {tensor.dtype} on {tensor.device}"
+            )
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target)
-    temporary = Path(tempfile.mkdtemp(prefix=_prefix(target) + f"{os.getpid()}-", dir=target.parent))
+    temporary = Path(
+        tempfile.mkdtemp(prefix=_prefix(target) + f"{os.getpid()}-", dir=target.parent)
+    )
     os.chmod(temporary, 0o777 & ~_umask())
     try:
         _write_files(temporary, tensors, files, max_shard_nbytes, progress or (lambda nbytes: None))
@@ -87,7 +91,9 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not is_checkpoint(target):
-        raise FileExistsError(f"{target}: expected a new or empty folder, found something that is not dcext's")
+        raise FileExistsError(
+            f"{target}: expected a new or empty folder, found something that is not dcext's"
+        )
     if not overwrite:
         raise FileExistsError(f"{target}: holds a dcext checkpoint; pass overwrite to replace it")
 
@@ -112,7 +118,9 @@ def _umask() -> int:
 
 def _shards(tensors: Mapping[str, Tensor], max_shard_nbytes: int) -> list[dict[str, Tensor]]:
     """Splits by size. Payloads come first: their sizes are multiples of 64, so that they stay aligned to that."""
-    ordered = sorted(tensors, key=lambda name: (not name.endswith(".payload"), -tensors[name].element_size()))
+    ordered = sorted(
+        tensors, key=lambda name: (not name.endswith(".payload"), -tensors[name].element_size())
+    )
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name in ordered:
@@ -141,14 +149,18 @@ def _write_files(
     small = dict(files)
     if count > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        weight_map = {
+            tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        }
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         small[INDEX_NAME] = (json.dumps(index, indent=2) + "\n").encode()
     for name, shard in zip(names, shards, strict=True):
         manifest[name] = _write_shard(folder / name, shard, progress)
     for name, data in sorted(small.items()):
         if name in manifest or name == MANIFEST_NAME or "/" in name:
-            raise ValueError(f"files: expected a plain name that the container does not use, got {name!r}")
+            raise ValueError(
+                f"files: expected a plain name that the container does not use, got {name!r}"
+            )
         _write_synced(folder / name, data)
         manifest[name] = {"nbytes": len(data), "xxh3_64": hash_bytes(data)}
     _write_synced(folder / MANIFEST_NAME, dump_manifest(manifest))
@@ -218,5 +230,3 @@ def _exchange(first: Path, second: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(second))
-
-

@@ -27,7 +27,7 @@ class CompressedModule(nn.Module):
 
     Attributes:
         payload: 1-D uint8, the coded ``qweight``; never modified in place, so modules may share one.
-        row_scale: ``(out_features,)`` float32.
+        row_scale: ``(out_features,)`` float32; given as ``(1,)`` where all rows share one.
         col_scale: ``(in_features,)`` float32, or None.
     """
 
@@ -44,7 +44,9 @@ class CompressedModule(nn.Module):
         self._describe(info)
         self.register_buffer("payload", payload)
         self.register_buffer("row_scale", self._checked("row_scale", row_scale, self.shape[0]))
-        col_scale = None if col_scale is None else self._checked("col_scale", col_scale, self.shape[1])
+        col_scale = (
+            None if col_scale is None else self._checked("col_scale", col_scale, self.shape[1])
+        )
         self.register_buffer("col_scale", col_scale)
         # Empty; follows .to(dtype), .half() .. as a weight would, and tells what to compute in.
         self.register_buffer("_compute_dtype", torch.empty(0, dtype=dtype), persistent=False)
@@ -54,6 +56,8 @@ class CompressedModule(nn.Module):
         self.codec: str = info["codec"]
 
     def _checked(self, name: str, vector: Tensor, size: int) -> Tensor:
+        if name == "row_scale" and vector.shape == (1,):
+            vector = vector.expand(size)
         if vector.shape != (size,):
             kind = type(self).__name__
             raise ValueError(f"{kind}: {name}: expected shape ({size},), got {tuple(vector.shape)}")

@@ -33,10 +33,14 @@ class DCLinear(CompressedModule):
         activations: str = "int8",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Takes over an encoded ``qweight``; see ``from_qweight`` for the other arguments.
+        """Takes over an encoded ``qweight``.
 
         Args:
             payload: 1-D uint8 from ``dcext.encode``. Not copied.
+            row_scale: ``(out_features,)``, or ``(1,)`` for all rows.
+            col_scale: ``(in_features,)`` or None.
+            bias: ``(out_features,)`` or None.
+            activations: ``"int8"`` or ``"none"``.
             dtype: of the float layer that this one stands for.
 
         Raises:
@@ -44,7 +48,9 @@ class DCLinear(CompressedModule):
         """
         super().__init__(payload, row_scale, col_scale, dtype)
         if activations not in ACTIVATIONS:
-            raise ValueError(f"DCLinear: activations: expected one of {ACTIVATIONS}, got {activations!r}")
+            raise ValueError(
+                f"DCLinear: activations: expected one of {ACTIVATIONS}, got {activations!r}"
+            )
         self.activations = activations
         bias = None if bias is None else self._checked("bias", bias, self.shape[0])
         self.register_buffer("bias", bias)
@@ -69,8 +75,9 @@ class DCLinear(CompressedModule):
             row_scale: ``(out_features,)``, one per output feature.
             col_scale: ``(in_features,)``, multiplies the activations before they are quantized; None for ones.
             bias: ``(out_features,)`` or None.
-            codec, level: as for ``dcext.encode``.
+            codec: as for ``dcext.encode``.
             activations: ``"int8"`` or ``"none"``.
+            level: as for ``dcext.encode``.
             dtype: of the float layer that this one stands for.
 
         Raises:
@@ -96,7 +103,14 @@ class DCLinear(CompressedModule):
         qweight, row_scale = quantize_absmax(linear.weight, granularity)
         bias = linear.bias
         return cls.from_qweight(
-            qweight, row_scale, None, bias, codec, activations, level=level, dtype=linear.weight.dtype
+            qweight,
+            row_scale,
+            None,
+            bias,
+            codec,
+            activations,
+            level=level,
+            dtype=linear.weight.dtype,
         )
 
     @property

@@ -24,14 +24,20 @@ def quantize_absmax(weight: Tensor, granularity: str = "row") -> tuple[Tensor, T
     if not weight.is_floating_point():
         raise TypeError(f"quantize_absmax: weight: expected floating point, got {weight.dtype}")
     if weight.dim() != 2:
-        raise ValueError(f"quantize_absmax: weight: expected 2 dimensions, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"quantize_absmax: weight: expected 2 dimensions, got {tuple(weight.shape)}"
+        )
     if granularity not in ("row", "tensor"):
-        raise ValueError(f"quantize_absmax: granularity: expected 'row' or 'tensor', got {granularity!r}")
+        raise ValueError(
+            f"quantize_absmax: granularity: expected 'row' or 'tensor', got {granularity!r}"
+        )
     weight = weight.detach().float()
     absmax = weight.abs().amax(dim=1)
     if not torch.isfinite(absmax).all():
         rows = int((~torch.isfinite(absmax)).sum())
-        raise ValueError(f"quantize_absmax: weight: expected finite values, got NaN or inf in {rows} rows")
+        raise ValueError(
+            f"quantize_absmax: weight: expected finite values, got NaN or inf in {rows} rows"
+        )
     if granularity == "tensor":
         absmax = absmax.max().expand_as(absmax)
     row_scale = torch.where(absmax > 0, absmax / 127, torch.ones_like(absmax)).contiguous()
