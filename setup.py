@@ -31,11 +31,13 @@ def wants_cuda() -> bool:
     choice = os.environ.get("DCEXT_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"DCEXT_CUDA: expected 'auto', '0' or '1', got {choice!r}")
-    available = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    toolkit = cpp_extension.CUDA_HOME
+    has_headers = toolkit is not None and Path(toolkit, "include", "cuda_runtime.h").is_file()
+    available = torch.version.cuda is not None and has_headers
     if choice == "1" and not available:
         raise SystemExit(
-            "DCEXT_CUDA=1: expected a CUDA build of torch and a CUDA toolkit, got "
-            f"torch.version.cuda={torch.version.cuda}, CUDA_HOME={cpp_extension.CUDA_HOME}"
+            "DCEXT_CUDA=1: expected a CUDA build of torch and CUDA_HOME with include/cuda_runtime.h, got "
+            f"torch.version.cuda={torch.version.cuda}, CUDA_HOME={toolkit}"
         )
     return available and choice != "0"
 
@@ -46,6 +48,11 @@ def max_jobs() -> int:
 
 class BuildExtension(cpp_extension.BuildExtension):
     """Torch's own, which can compile neither C as C nor assembly: libzstd and XXH3 are compiled here, beside it."""
+
+    def finalize_options(self) -> None:
+        """Objects stay in ``build/temp``, also for editable installs, which would else start anew each time."""
+        super().finalize_options()
+        self.build_temp = str(ROOT / "build" / "temp")
 
     def build_extensions(self) -> None:
         zstd, xxhash = fetch.zstd_lib_dir(), fetch.xxhash_dir()
@@ -77,9 +84,10 @@ class BuildExtension(cpp_extension.BuildExtension):
         def compile_one(source: Path) -> str:
             target = out / f"{source.parent.name}-{source.name}.o"
             if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
-                subprocess.run(
-                    [*compiler, *flags, "-c", str(source), "-o", str(target)], check=True
-                )
+                partial = target.with_suffix(".partial")
+                command = [*compiler, *flags, "-c", str(source), "-o", str(partial)]
+                subprocess.run(command, check=True)
+                partial.rename(target)
             return str(target)
 
         with ThreadPoolExecutor(max_jobs()) as pool:

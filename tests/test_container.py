@@ -143,7 +143,9 @@ def test_manifests_of_another_form_are_refused(folder, files):
         CheckpointReader(folder)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"nonsense", b'{"a": 1, "a": 2}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"nonsense", b'{"a": 1, "a": 2}', b"\xff\xfe", b"[" * 100_000]
+)
 def test_manifests_that_are_not_json_objects_are_refused(folder, content):
     (folder / "dcext.json").write_bytes(content)
     with pytest.raises(FormatError, match=r"dcext\.json: expected"):
@@ -184,7 +186,7 @@ def test_crafted_headers_are_refused(tmp_path, header, message):
     manifest = {
         "nbytes": len(data),
         "header_xxh3_64": xxhash.xxh3_64_hexdigest(data[:-8]),
-        "tensors": {name: "" for name in names},
+        "tensors": dict.fromkeys(names, ""),
     }
     (folder / "dcext.json").write_bytes(dump_manifest({"model.safetensors": manifest}))
     with pytest.raises(FormatError, match=message):

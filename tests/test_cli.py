@@ -1,0 +1,197 @@
+"""The command line on a small model, and on the real one of the demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_compress import tiny_llama
+
+import dcext
+from dcext.evaluate import generation_speed, perplexity
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+
+TEXT = "It was a dark and stormy night; the rain fell in torrents. " * 30
+
+
+def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user runs it."""
+    command = [sys.executable, "-c", "from dcext.cli.app import main; main()", *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def run_json(*arguments: object) -> dict:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A float model with a byte-level tokenizer, a text, and the model compressed by the command."""
+    root = tmp_path_factory.mktemp("cli")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(root / "float")
+    tiny_llama().save_pretrained(root / "float")
+    (root / "text.txt").write_text(TEXT)
+    report = run_json("compress", root / "float", "-o", root / "out", "--codec", "zstd")
+    assert report["output"] == str(root / "out")
+    assert report["ratio"] > 0
+    return root
+
+
+def test_inspect(folders):
+    report = run_json("inspect", folders / "out")
+    keys = {"bits_per_weight", "entropy", "ratio"}
+    assert keys <= set(report)
+    assert len(report["tensors"]) == 15
+    for row in report["tensors"]:
+        assert keys | {"name", "shape", "codec"} <= set(row)
+        assert row["bits_per_weight"] > row["entropy"]
+        assert row["ratio"] == pytest.approx(8 / row["bits_per_weight"])
+    table = run("inspect", folders / "out").stdout
+    assert "model.layers.1.mlp.down_proj" in table
+    assert "total" in table
+
+
+def test_verify(folders):
+    assert run_json("verify", folders / "out")["ok"] is True
+    assert "every byte of" in run("verify", folders / "out").stdout
+
+
+def test_decompress(folders):
+    run("decompress", folders / "out", "-o", folders / "plain")
+    plain = load_file(folders / "plain" / "model.safetensors")
+    model = dcext.from_pretrained(folders / "out")
+    layer = model.model.layers[0].self_attn.q_proj
+    name = "model.layers.0.self_attn.q_proj"
+    assert plain[f"{name}.weight"].dtype == torch.int8
+    assert torch.equal(plain[f"{name}.weight"], layer.qweight())
+    assert torch.equal(plain[f"{name}.row_scale"], layer.row_scale)
+    assert torch.equal(plain["model.norm.weight"], model.model.norm.weight)
+
+
+def test_eval(folders):
+    report = run_json(
+        "eval",
+        folders / "out",
+        "--text",
+        folders / "text.txt",
+        "--context",
+        "64",
+        "--max-tokens",
+        "500",
+    )
+    assert set(report) >= {"perplexity", "tokens", "tokens_per_s", "peak_rss_bytes"}
+    assert report["tokens"] == 500 - 8  # the first token of each of the eight windows
+    ids = torch.tensor(transformers.AutoTokenizer.from_pretrained(folders / "out")(TEXT).input_ids)[
+        :500
+    ]
+    model = dcext.from_pretrained(folders / "out")
+    assert report["perplexity"] == pytest.approx(perplexity(model, ids, context=64).perplexity)
+
+
+def test_generate(folders):
+    arguments = ("generate", folders / "out", "--prompt", "It was", "--max-new-tokens", "5")
+    assert run(*arguments).stdout.startswith("It was")
+    sampled = [run(*arguments, "--temperature", "1", "--seed", seed).stdout for seed in (1, 1)]
+    assert sampled[0] == sampled[1]
+
+
+def test_info():
+    report = run_json("info")
+    assert report["zstd"] == "1.5.7"
+    assert report["isa"] in report["isas"]
+    assert report["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("verify", "/nowhere"), "/nowhere: expected a folder"),
+        (("compress", "./nowhere", "-o", "{root}/x"), "expected a model folder or a .gguf file"),
+        (("compress", "{root}/out", "-o", "{root}/x"), "compressed already"),
+        (("compress", "{root}/float", "-o", "{root}/out"), "pass overwrite"),
+        (("compress", "{root}/float", "-o", "{root}/float", "--overwrite"), "not dcext's"),
+        (
+            ("compress", "{root}/float", "-o", "{root}/x", "--codec", "lz4"),
+            "codec: expected 'auto'",
+        ),
+        (
+            ("compress", "{root}/float", "-o", "{root}/x", "--dtype", "int4"),
+            "--dtype: expected one of",
+        ),
+        (("inspect", "{root}/float"), "expected the manifest"),
+        (("eval", "{root}/out", "--text", "{root}/no.txt"), "no.txt"),
+    ],
+)
+def test_errors_are_one_line(folders, arguments, message):
+    result = run(*(argument.format(root=folders) for argument in arguments), code=1)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not (folders / "x").exists()
+
+
+def test_usage_errors():
+    assert "Missing option" in run("compress", "model", code=2).stderr
+    for command in ("compress", "inspect", "verify", "decompress", "eval", "generate", "info"):
+        assert "Usage" in run(command, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("ids", "context"),
+    [(torch.tensor([1]), 8), (torch.zeros(2, 2).long(), 8), (torch.arange(9), 1)],
+)
+def test_perplexity_refuses_what_it_cannot_do(ids, context):
+    with pytest.raises(ValueError, match=r"expected .* got"):
+        perplexity(tiny_llama(), ids, context=context)
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary():
+    model = tiny_llama()
+    model.lm_head.weight.data.zero_()
+    result = perplexity(model, torch.arange(100) % 256, context=30)
+    assert result.perplexity == pytest.approx(256)
+    assert result.tokens == 29 * 3 + 9
+
+
+@pytest.mark.real_model
+def test_the_real_model(smollm2_gguf, evaluation_text, tmp_path):
+    """Compressed by the command, it says what raw INT8 says, bit for bit, and is close to the float model."""
+    from dcext.hub import load_float_model
+
+    run("compress", smollm2_gguf, "-o", tmp_path / "out")
+    model, tokenizer = load_float_model(smollm2_gguf)
+    text = evaluation_text.read_text(encoding="utf-8")[:8000]
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)[:1024]
+    reference = perplexity(model, ids).perplexity
+    raw = dcext.compress_(model, dcext.CompressionConfig(codec="raw"))
+    compressed = dcext.from_pretrained(tmp_path / "out")
+    with torch.inference_mode():
+        assert torch.equal(compressed(ids[None, :64]).logits, raw(ids[None, :64]).logits)
+    assert reference < perplexity(compressed, ids).perplexity < 1.10 * reference
+    speed = generation_speed(compressed, ids[:32], new_tokens=2, repeats=1)
+    assert speed.prefill_tokens_per_s > 0
+    report = run_json("inspect", tmp_path / "out")
+    payload_bits = 8 * sum(
+        module.payload.numel()
+        for module in {
+            id(m.payload): m for m in compressed.modules() if hasattr(m, "payload")
+        }.values()
+    )
+    assert payload_bits <= 1.01 * report["entropy"] * report["weights"]
