@@ -107,10 +107,10 @@ template <bool kPairs, int kLowBits>
 DCEXT_INLINE void undo_group(const uint8_t* highs, const uint8_t* planes, uint8_t* group) {
   if (kPairs) {
     for (int64_t j = 0; j < kHalf; ++j) {
-      group[j] = static_cast<uint8_t>(((highs[j] & 15) - kBias) << kLowBits);
+      group[j] = static_cast<uint8_t>(((highs[j] & 15u) - kBias) << kLowBits);
     }
     for (int64_t j = 0; j < kHalf; ++j) {
-      group[kHalf + j] = static_cast<uint8_t>(((highs[j] >> 4) - kBias) << kLowBits);
+      group[kHalf + j] = static_cast<uint8_t>(((highs[j] >> 4) - unsigned{kBias}) << kLowBits);
     }
   } else {
     for (int64_t j = 0; j < kFilterGroup; ++j) {

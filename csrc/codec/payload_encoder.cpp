@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "base/checksum.h"
@@ -123,12 +124,19 @@ Status encode_tiles(const int8_t* qweight, const PayloadLayout& layout, int leve
   chunks->assign(indices.size(), {});
   std::vector<std::unique_ptr<Workspace>> workspaces(executor.num_workers());
   std::atomic<Status> first{Status::kOk};
-  executor.run(static_cast<int64_t>(indices.size()), [&](int64_t i, int worker) {
+  const auto encode_one = [&](int64_t i, int worker) {
     std::unique_ptr<Workspace>& work = workspaces[worker];
     if (work == nullptr) work = std::make_unique<Workspace>(level);
     const Tile tile = layout.tile(indices[i]);
     const int8_t* src = gather_tile(qweight, layout, tile, &work->tile);
-    const Status status = encode_tile(src, tile.weights(), level, work.get(), &(*chunks)[i]);
+    return encode_tile(src, tile.weights(), level, work.get(), &(*chunks)[i]);
+  };
+  executor.run(static_cast<int64_t>(indices.size()), [&](int64_t i, int worker) {
+    Status status = Status::kOutOfMemory;
+    try {
+      status = encode_one(i, worker);
+    } catch (const std::bad_alloc&) {  // must not leave a worker
+    }
     if (status != Status::kOk) first = status;
   });
   return first;
