@@ -86,6 +86,34 @@ PayloadView parse_payload(const char* op, const at::Tensor& payload) {
   return view;
 }
 
+ElementType element_type(const char* op, const char* argument, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return ElementType::kFloat32;
+    case at::kBFloat16: return ElementType::kBFloat16;
+    case at::kHalf: return ElementType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": ", argument,
+                       ": expected torch.float32, torch.bfloat16 or torch.float16, got ", dtype);
+  }
+}
+
+const float* vector_data(const char* op, const char* argument, const at::Tensor& vector,
+                         int64_t size, at::Device device) {
+  TORCH_CHECK_TYPE(vector.scalar_type() == at::kFloat, op, ": ", argument,
+                   ": expected torch.float32, got ", vector.scalar_type());
+  TORCH_CHECK_VALUE(vector.dim() == 1 && vector.size(0) == size && vector.is_contiguous() &&
+                        vector.device() == device,
+                    op, ": ", argument, ": expected a contiguous tensor of shape [", size, "] on ",
+                    device, ", got shape ", vector.sizes(), " on ", vector.device());
+  return vector.const_data_ptr<float>();
+}
+
+const float* optional_vector_data(const char* op, const char* argument,
+                                  const std::optional<at::Tensor>& vector, int64_t size,
+                                  at::Device device) {
+  return vector.has_value() ? vector_data(op, argument, *vector, size, device) : nullptr;
+}
+
 at::Tensor encode(const at::Tensor& qweight, c10::string_view codec, int64_t level,
                   int64_t slab_cols) {
   TORCH_CHECK_TYPE(qweight.scalar_type() == at::kChar,

@@ -2,9 +2,10 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <string>
+#include <optional>
 
 #include "base/cpu_features.h"
+#include "base/element_type.h"
 #include "codec/payload_decoder.h"
 
 namespace dcext {
@@ -26,6 +27,16 @@ inline void raise_if_failed(const char* op, const Failure& failure) {
 
 /** Checks that `payload` is a contiguous 1-D uint8 CPU tensor and parses it. */
 PayloadView parse_payload(const char* op, const at::Tensor& payload);
+
+/** The dtype of `argument` for the layers below; TypeError unless float32, bfloat16 or float16. */
+ElementType element_type(const char* op, const char* argument, at::ScalarType dtype);
+
+/** The data of a contiguous float32 vector of `size` elements on `device`; TypeError or ValueError otherwise. */
+const float* vector_data(const char* op, const char* argument, const at::Tensor& vector,
+                         int64_t size, at::Device device);
+const float* optional_vector_data(const char* op, const char* argument,
+                                  const std::optional<at::Tensor>& vector, int64_t size,
+                                  at::Device device);
 
 /** Encodes `qweight` ((out_features, in_features) int8, CPU) on the library's pool.
  *  @param codec   "auto", "raw" or "zstd"; @param level 0 (literals only) or 1..22, for "zstd" only.

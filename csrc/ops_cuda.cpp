@@ -10,38 +10,10 @@
 
 #include "cuda/dequantize_epilogue.h"
 #include "cuda/quantize_activations.h"
+#include "ops_common.h"
 
 namespace dcext {
 namespace {
-
-ElementType element_type(const char* op, const char* argument, at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat: return ElementType::kFloat32;
-    case at::kBFloat16: return ElementType::kBFloat16;
-    case at::kHalf: return ElementType::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": ", argument,
-                       ": expected torch.float32, torch.bfloat16 or torch.float16, got ", dtype);
-  }
-}
-
-// A float32 vector of `size` elements, contiguous, on `device`.
-const float* vector_data(const char* op, const char* argument, const at::Tensor& vector,
-                         int64_t size, at::Device device) {
-  TORCH_CHECK_TYPE(vector.scalar_type() == at::kFloat, op, ": ", argument,
-                   ": expected torch.float32, got ", vector.scalar_type());
-  TORCH_CHECK_VALUE(vector.dim() == 1 && vector.size(0) == size && vector.is_contiguous() &&
-                        vector.device() == device,
-                    op, ": ", argument, ": expected a contiguous tensor of shape [", size, "] on ",
-                    device, ", got shape ", vector.sizes(), " on ", vector.device());
-  return vector.const_data_ptr<float>();
-}
-
-const float* optional_vector_data(const char* op, const char* argument,
-                                  const std::optional<at::Tensor>& vector, int64_t size,
-                                  at::Device device) {
-  return vector.has_value() ? vector_data(op, argument, *vector, size, device) : nullptr;
-}
 
 void check_launch(const char* op, cudaError_t error) {
   TORCH_CHECK(error == cudaSuccess, op, ": expected the kernel to launch, got ",

@@ -30,34 +30,6 @@ class TorchExecutor final : public Executor {
   }
 };
 
-ActivationType activation_type(const char* op, const char* argument, at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat: return ActivationType::kFloat32;
-    case at::kBFloat16: return ActivationType::kBFloat16;
-    case at::kHalf: return ActivationType::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": ", argument,
-                       ": expected torch.float32, torch.bfloat16 or torch.float16, got ", dtype);
-  }
-}
-
-// A float32 vector of `size` elements, contiguous, on the CPU.
-const float* vector_data(const char* op, const char* argument, const at::Tensor& vector,
-                         int64_t size) {
-  TORCH_CHECK_TYPE(vector.scalar_type() == at::kFloat, op, ": ", argument,
-                   ": expected torch.float32, got ", vector.scalar_type());
-  TORCH_CHECK_VALUE(
-      vector.dim() == 1 && vector.size(0) == size && vector.is_contiguous() && vector.is_cpu(), op,
-      ": ", argument, ": expected a contiguous CPU tensor of shape [", size, "], got shape ",
-      vector.sizes(), " on ", vector.device());
-  return vector.const_data_ptr<float>();
-}
-
-const float* optional_vector_data(const char* op, const char* argument,
-                                  const std::optional<at::Tensor>& vector, int64_t size) {
-  return vector.has_value() ? vector_data(op, argument, *vector, size) : nullptr;
-}
-
 Activations parse_activations(c10::string_view name) {
   TORCH_CHECK_VALUE(name == "int8" || name == "none",
                     "dcext::linear: activations: expected 'int8' or 'none', got '", name, "'");
@@ -72,7 +44,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& payload, const at::Tens
   constexpr const char* kOp = "dcext::linear";
   const PayloadView view = parse_payload(kOp, payload);
   const int64_t rows = view.layout().rows, cols = view.layout().cols;
-  const ActivationType type = activation_type(kOp, "x", x.scalar_type());
+  const ElementType type = element_type(kOp, "x", x.scalar_type());
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == cols && x.is_cpu(), kOp,
                     ": x: expected a CPU tensor of shape [..., ", cols, "], got shape ", x.sizes(),
                     " on ", x.device());
@@ -83,9 +55,9 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& payload, const at::Tens
   if (y.numel() == 0) return y;
   LinearCall call{};
   call.weight = &view;
-  call.row_scale = vector_data(kOp, "row_scale", row_scale, rows);
-  call.col_scale = optional_vector_data(kOp, "col_scale", col_scale, cols);
-  call.bias = optional_vector_data(kOp, "bias", bias, rows);
+  call.row_scale = vector_data(kOp, "row_scale", row_scale, rows, at::kCPU);
+  call.col_scale = optional_vector_data(kOp, "col_scale", col_scale, cols, at::kCPU);
+  call.bias = optional_vector_data(kOp, "bias", bias, rows, at::kCPU);
   call.x = input.const_data_ptr();
   call.y = y.mutable_data_ptr();
   call.type = type;
@@ -109,7 +81,7 @@ at::Tensor embedding(const at::Tensor& indices, const at::Tensor& payload,
                    ": indices: expected torch.int64 or torch.int32, got ", indices.scalar_type());
   TORCH_CHECK_VALUE(indices.is_cpu(), kOp, ": indices: expected a CPU tensor, got one on ",
                     indices.device());
-  const ActivationType type = activation_type(kOp, "dtype", dtype);
+  const ElementType type = element_type(kOp, "dtype", dtype);
   const at::Tensor flat = indices.to(at::kLong).contiguous();
   const int64_t* data = flat.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < flat.numel(); ++i) {
@@ -122,8 +94,8 @@ at::Tensor embedding(const at::Tensor& indices, const at::Tensor& payload,
   if (out.numel() == 0) return out;
   EmbeddingCall call{};
   call.weight = &view;
-  call.row_scale = vector_data(kOp, "row_scale", row_scale, rows);
-  call.col_scale = optional_vector_data(kOp, "col_scale", col_scale, cols);
+  call.row_scale = vector_data(kOp, "row_scale", row_scale, rows, at::kCPU);
+  call.col_scale = optional_vector_data(kOp, "col_scale", col_scale, cols, at::kCPU);
   call.indices = data;
   call.count = flat.numel();
   call.out = out.mutable_data_ptr();
@@ -137,12 +109,12 @@ at::Tensor embedding(const at::Tensor& indices, const at::Tensor& payload,
 std::tuple<at::Tensor, at::Tensor> quantize_activations(
     const at::Tensor& x, const std::optional<at::Tensor>& col_scale) {
   constexpr const char* kOp = "dcext::quantize_activations";
-  const ActivationType type = activation_type(kOp, "x", x.scalar_type());
+  const ElementType type = element_type(kOp, "x", x.scalar_type());
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) >= 1, kOp,
                     ": x: expected shape [..., in_features] with in_features >= 1, got ",
                     x.sizes());
   const int64_t cols = x.size(-1), tokens = x.numel() / cols;
-  const float* scale_data = optional_vector_data(kOp, "col_scale", col_scale, cols);
+  const float* scale_data = optional_vector_data(kOp, "col_scale", col_scale, cols, at::kCPU);
   const at::Tensor input = x.contiguous();
   const at::Tensor q = at::empty(x.sizes(), x.options().dtype(at::kChar));
   const at::Tensor act_scale =
@@ -153,8 +125,8 @@ std::tuple<at::Tensor, at::Tensor> quantize_activations(
   auto* scales = act_scale.mutable_data_ptr<float>();
   TorchExecutor executor;
   executor.run(tokens, [&](int64_t m, int) {
-    kernels.quantize(src + m * cols * activation_nbytes(type), type, scale_data, cols,
-                     dst + m * cols, scales + m);
+    kernels.quantize(src + m * cols * element_nbytes(type), type, scale_data, cols, dst + m * cols,
+                     scales + m);
   });
   return {q, act_scale};
 }
@@ -163,7 +135,7 @@ at::Tensor dequantize(const at::Tensor& acc, const at::Tensor& row_scale,
                       const at::Tensor& act_scale, const std::optional<at::Tensor>& bias,
                       at::ScalarType dtype) {
   constexpr const char* kOp = "dcext::dequantize";
-  const ActivationType type = activation_type(kOp, "dtype", dtype);
+  const ElementType type = element_type(kOp, "dtype", dtype);
   TORCH_CHECK_TYPE(acc.scalar_type() == at::kInt, kOp, ": acc: expected torch.int32, got ",
                    acc.scalar_type());
   TORCH_CHECK_VALUE(acc.dim() >= 1 && acc.size(-1) >= 1, kOp,
@@ -176,12 +148,12 @@ at::Tensor dequantize(const at::Tensor& acc, const at::Tensor& row_scale,
   const at::Tensor sums = acc.contiguous();
   const at::Tensor token_scales = act_scale.reshape({tokens}).contiguous();
   const at::Tensor y = at::empty(acc.sizes(), acc.options().dtype(dtype));
-  const PanelOutput output{vector_data(kOp, "row_scale", row_scale, rows),
-                           optional_vector_data(kOp, "bias", bias, rows), y.mutable_data_ptr(),
-                           rows, type};
+  const PanelOutput output{vector_data(kOp, "row_scale", row_scale, rows, at::kCPU),
+                           optional_vector_data(kOp, "bias", bias, rows, at::kCPU),
+                           y.mutable_data_ptr(), rows, type};
   gemm_kernels(selected_isa(), 1)
       .dequantize(sums.const_data_ptr<int32_t>(), tokens, rows,
-                  vector_data(kOp, "act_scale", token_scales, tokens), output);
+                  vector_data(kOp, "act_scale", token_scales, tokens, at::kCPU), output);
   return y;
 }
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/element_type.h"
+#include "base/element_type.h"
 
 namespace dcext {
 

@@ -73,11 +73,11 @@ void widen_as(const void* x, const float* col_scale, int64_t cols, float* out) {
   for (int64_t k = cols; k < weight_only_cols(cols); ++k) out[k] = 0.0f;
 }
 
-void widen(const void* x, ActivationType type, const float* col_scale, int64_t cols, float* out) {
+void widen(const void* x, ElementType type, const float* col_scale, int64_t cols, float* out) {
   switch (type) {
-    case ActivationType::kFloat32: return widen_as<Float32>(x, col_scale, cols, out);
-    case ActivationType::kBFloat16: return widen_as<BFloat16>(x, col_scale, cols, out);
-    case ActivationType::kFloat16: return widen_as<Float16>(x, col_scale, cols, out);
+    case ElementType::kFloat32: return widen_as<Float32>(x, col_scale, cols, out);
+    case ElementType::kBFloat16: return widen_as<BFloat16>(x, col_scale, cols, out);
+    case ElementType::kFloat16: return widen_as<Float16>(x, col_scale, cols, out);
   }
 }
 
@@ -115,12 +115,12 @@ void quantize_as(const void* x, const float* col_scale, int64_t cols, int8_t* q,
   }
 }
 
-void quantize(const void* x, ActivationType type, const float* col_scale, int64_t cols, int8_t* q,
+void quantize(const void* x, ElementType type, const float* col_scale, int64_t cols, int8_t* q,
               float* scale) {
   switch (type) {
-    case ActivationType::kFloat32: return quantize_as<Float32>(x, col_scale, cols, q, scale);
-    case ActivationType::kBFloat16: return quantize_as<BFloat16>(x, col_scale, cols, q, scale);
-    case ActivationType::kFloat16: return quantize_as<Float16>(x, col_scale, cols, q, scale);
+    case ElementType::kFloat32: return quantize_as<Float32>(x, col_scale, cols, q, scale);
+    case ElementType::kBFloat16: return quantize_as<BFloat16>(x, col_scale, cols, q, scale);
+    case ElementType::kFloat16: return quantize_as<Float16>(x, col_scale, cols, q, scale);
   }
 }
 
@@ -147,12 +147,10 @@ void dequantize_as(const int32_t* acc, int64_t tokens, int64_t rows, const float
 void dequantize(const int32_t* acc, int64_t tokens, int64_t rows, const float* act_scale,
                 const PanelOutput& output) {
   switch (output.type) {
-    case ActivationType::kFloat32:
-      return dequantize_as<Float32>(acc, tokens, rows, act_scale, output);
-    case ActivationType::kBFloat16:
+    case ElementType::kFloat32: return dequantize_as<Float32>(acc, tokens, rows, act_scale, output);
+    case ElementType::kBFloat16:
       return dequantize_as<BFloat16>(acc, tokens, rows, act_scale, output);
-    case ActivationType::kFloat16:
-      return dequantize_as<Float16>(acc, tokens, rows, act_scale, output);
+    case ElementType::kFloat16: return dequantize_as<Float16>(acc, tokens, rows, act_scale, output);
   }
 }
 
@@ -172,13 +170,13 @@ void dequantize_row_as(const int8_t* weight, int64_t cols, float row_scale, cons
 }
 
 void dequantize_row(const int8_t* weight, int64_t cols, float row_scale, const float* col_scale,
-                    ActivationType type, void* out) {
+                    ElementType type, void* out) {
   switch (type) {
-    case ActivationType::kFloat32:
+    case ElementType::kFloat32:
       return dequantize_row_as<Float32>(weight, cols, row_scale, col_scale, out);
-    case ActivationType::kBFloat16:
+    case ElementType::kBFloat16:
       return dequantize_row_as<BFloat16>(weight, cols, row_scale, col_scale, out);
-    case ActivationType::kFloat16:
+    case ElementType::kFloat16:
       return dequantize_row_as<Float16>(weight, cols, row_scale, col_scale, out);
   }
 }
@@ -186,11 +184,11 @@ void dequantize_row(const int8_t* weight, int64_t cols, float row_scale, const f
 inline void store_output(const PanelOutput& output, int64_t m, int64_t n, float value) {
   const int64_t at = m * output.ld + n;
   switch (output.type) {
-    case ActivationType::kFloat32: static_cast<float*>(output.y)[at] = value; return;
-    case ActivationType::kBFloat16:
+    case ElementType::kFloat32: static_cast<float*>(output.y)[at] = value; return;
+    case ElementType::kBFloat16:
       static_cast<uint16_t*>(output.y)[at] = float_to_bfloat16(value);
       return;
-    case ActivationType::kFloat16:
+    case ElementType::kFloat16:
       static_cast<uint16_t*>(output.y)[at] = float_to_float16(value);
       return;
   }

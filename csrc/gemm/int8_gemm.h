@@ -3,19 +3,13 @@
 #include <cstdint>
 
 #include "base/cpu_features.h"
+#include "base/element_type.h"
 
 namespace dcext {
 
 // Products of a panel (some consecutive rows of `qweight`, row-major, as decoded or as they rest) with the activations
 // of all tokens. Integer sums are exact and float operations have one order, so that results are the same bits on
 // every instruction set, for every split into panels and every number of threads.
-
-/** dtype of activations and outputs. */
-enum class ActivationType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-constexpr int64_t activation_nbytes(ActivationType type) {
-  return type == ActivationType::kFloat32 ? 4 : 2;
-}
 
 /** A panel of weights. Nothing outside the `rows` x `cols` rectangle is read. */
 struct WeightPanel {
@@ -31,7 +25,7 @@ struct PanelOutput {
   const float* bias;       ///< (rows,) or null
   void* y;                 ///< first output of the first token; tokens are `ld` elements apart
   int64_t ld;
-  ActivationType type;
+  ElementType type;
 };
 
 /** The kernels of one instruction set. All of them accept any size >= 1, allocate nothing and never fail. */
@@ -42,8 +36,8 @@ struct GemmKernels {
    *  scale and q are 0 for an all-zero token; scale is NaN and q 0 where v is not finite, so that the outputs of that
    *  token are NaN.
    *  @param x   (cols,) of `type`; @param col_scale (cols,) or null; @param q receives (cols,). */
-  void (*quantize)(const void* x, ActivationType type, const float* col_scale, int64_t cols,
-                   int8_t* q, float* scale);
+  void (*quantize)(const void* x, ElementType type, const float* col_scale, int64_t cols, int8_t* q,
+                   float* scale);
 
   /** Bytes of the packed activations of `tokens` tokens; a multiple of 64. */
   int64_t (*packed_nbytes)(int64_t tokens, int64_t cols);
@@ -71,12 +65,11 @@ struct GemmKernels {
                                float* scratch, const PanelOutput& output);
 
   /** out[k] = float(x[k]) * col_scale[k], zeros up to align_up(cols, 16). */
-  void (*widen)(const void* x, ActivationType type, const float* col_scale, int64_t cols,
-                float* out);
+  void (*widen)(const void* x, ElementType type, const float* col_scale, int64_t cols, float* out);
 
   /** out[k] = (float(weight[k]) * row_scale) * col_scale[k], rounded to `type`: one row of an embedding. */
   void (*dequantize_row)(const int8_t* weight, int64_t cols, float row_scale,
-                         const float* col_scale, ActivationType type, void* out);
+                         const float* col_scale, ElementType type, void* out);
 };
 
 constexpr int64_t kPackTokens = 16;

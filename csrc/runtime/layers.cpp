@@ -65,12 +65,12 @@ Failure load_panel(const PayloadView& view, int64_t index, WeightPanel* panel) {
 PanelOutput panel_output(const LinearCall& call, int64_t row) {
   const int64_t rows = call.weight->layout().rows;
   return {call.row_scale + row, call.bias == nullptr ? nullptr : call.bias + row,
-          static_cast<uint8_t*>(call.y) + row * activation_nbytes(call.type), rows, call.type};
+          static_cast<uint8_t*>(call.y) + row * element_nbytes(call.type), rows, call.type};
 }
 
 const uint8_t* token_at(const LinearCall& call, int64_t m) {
   return static_cast<const uint8_t*>(call.x) +
-         m * call.weight->layout().cols * activation_nbytes(call.type);
+         m * call.weight->layout().cols * element_nbytes(call.type);
 }
 
 Failure run_int8(const LinearCall& call, Executor& executor) {
@@ -145,7 +145,7 @@ Failure run_linear(const LinearCall& call, Executor& executor) {
     part.tokens = std::min(kMaxTokens, call.tokens - begin);
     part.x = token_at(call, begin);
     part.y = static_cast<uint8_t*>(call.y) +
-             begin * call.weight->layout().rows * activation_nbytes(call.type);
+             begin * call.weight->layout().rows * element_nbytes(call.type);
     const Failure failure = call.activations == Activations::kInt8
                                 ? run_int8(part, executor)
                                 : run_weight_only(part, executor);
@@ -178,7 +178,7 @@ Failure run_embedding(const EmbeddingCall& call, Executor& executor) {
     for (int64_t i = starts[run]; i < starts[run + 1]; ++i) {
       const int64_t row = call.indices[order[i]];
       auto* out =
-          static_cast<uint8_t*>(call.out) + order[i] * layout.cols * activation_nbytes(call.type);
+          static_cast<uint8_t*>(call.out) + order[i] * layout.cols * element_nbytes(call.type);
       kernels.dequantize_row(panel.data + (row - index * layout.panel_rows) * panel.ld, layout.cols,
                              call.row_scale[row], call.col_scale, call.type, out);
     }

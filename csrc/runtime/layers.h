@@ -17,7 +17,7 @@ struct LinearCall {
   const float* bias;       ///< (rows,) or null
   const void* x;           ///< (tokens, cols) of `type`, contiguous
   void* y;                 ///< (tokens, rows) of `type`, contiguous
-  ActivationType type;
+  ElementType type;
   int64_t tokens;
   Activations activations;
   Isa isa;
@@ -39,7 +39,7 @@ struct EmbeddingCall {
   const int64_t* indices;  ///< (count,), each in [0, rows); checked by the caller
   int64_t count;
   void* out;  ///< (count, cols) of `type`, contiguous
-  ActivationType type;
+  ElementType type;
   Isa isa;
 };
 
