@@ -2,6 +2,7 @@
 #
 #   PYTHON  interpreter that the environment is made from
 #   TORCH   requirement installed where the environment has no torch yet; given to make, it replaces the one there
+#   BENCH_OUTPUT  folder where `make bench` also writes its figures as JSON, such as bench/results
 #   DCEXT_CUDA, DCEXT_ZSTD_DIR, DCEXT_XXHASH_DIR, DCEXT_CACHE, MAX_JOBS  see setup.py and third_party/README.md
 
 PYTHON ?= python3
@@ -49,7 +50,10 @@ build: $(VENV)/stamp-dev  ## environment and extension, incrementally
 	  { grep -E -A 4 'error:|^error|^Error' build/log || tail -n 40 build/log; echo 'the whole log: build/log'; exit 1; }
 
 bench: build  ## all benchmarks, with their hardware line
-	@set -e; for script in bench/bench_*.py; do $(PY) $$script; done
+	@for script in bench/bench_*.py; do \
+	  DCEXT_BENCH_OUTPUT=$(BENCH_OUTPUT) $(PY) -m pytest -q -p no:cacheprovider -o python_files='bench_*.py' \
+	    --benchmark-enable --benchmark-disable-gc --benchmark-quiet $$script || exit 1; \
+	done
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info dcext/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

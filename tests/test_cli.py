@@ -9,11 +9,13 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from test_compress import tiny_llama
 
 import dcext
 from dcext.evaluate import generation_speed, perplexity
+from dcext.format import CheckpointReader
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -115,6 +117,21 @@ def test_info():
     assert report["zstd"] == "1.5.7"
     assert report["isa"] in report["isas"]
     assert report["cpu"]
+
+
+def test_the_example_of_the_readme(folders, tmp_path, monkeypatch):
+    code = (
+        (ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .partition("```python\n")[2]
+        .partition("```")[0]
+    )
+    assert code.count("HuggingFaceTB/SmolLM2-135M-Instruct") == 2
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(folders / "float")), names)
+    assert names["model"](torch.tensor([[1]])).logits.isfinite().all()
+    assert CheckpointReader(tmp_path / "smollm2-dc").names()
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,20 @@ namespace dcext {
 namespace {
 
 // Frame, planes and exceptions of one tile. Without `pairs` the frame is decoded in place.
-Status decode_coded(const uint8_t* src, const Chunk& chunk, int64_t weights, int8_t* dst) {
+Status decode_coded(const uint8_t* src, const Chunk& chunk, int64_t weights, int8_t* dst,
+                    int64_t dst_capacity) {
   thread_local Scratch pairs_scratch;
   const Filter& filter = chunk.filter;
   const int64_t highs_nbytes = filtered_nbytes(filter, weights);
-  uint8_t* highs =
-      filter.pairs ? pairs_scratch.reserve(highs_nbytes) : reinterpret_cast<uint8_t*>(dst);
-  if (highs == nullptr) return Status::kOutOfMemory;
+  uint8_t* highs = reinterpret_cast<uint8_t*>(dst);
+  if (filter.pairs) {
+    dst_capacity = highs_nbytes + kFrameSlack;
+    highs = pairs_scratch.reserve(dst_capacity);
+    if (highs == nullptr) return Status::kOutOfMemory;
+  }
   const Status status =
-      decode_frame(src, chunk.frame_nbytes, highs, static_cast<size_t>(highs_nbytes));
+      decode_frame(src, chunk.frame_nbytes, highs, static_cast<size_t>(highs_nbytes),
+                   static_cast<size_t>(dst_capacity));
   if (status != Status::kOk) return status;
   const uint8_t* planes = src + chunk.frame_nbytes;
   undo_filter(filter, highs, planes, weights, dst);
@@ -40,9 +45,9 @@ void copy_rows(const int8_t* src, int64_t ld_src, int64_t rows, int64_t cols, in
 }
 
 // The part of `region` inside chunk `index`: decoded in place where the whole tile is wanted and lies in one piece,
-// else through this thread's scratch.
+// else through this thread's scratch. `in_order`: everything behind the tile's place is written later.
 Failure decode_tile(const PayloadView& view, int64_t index, const Region& region, Verify verify,
-                    int8_t* dst, int64_t ld_dst) {
+                    int8_t* dst, int64_t ld_dst, bool in_order) {
   const Tile tile = view.tile(index);
   const int64_t row_begin = std::max(tile.row, region.row_begin);
   const int64_t row_end = std::min(tile.row + tile.rows, region.row_end);
@@ -52,7 +57,10 @@ Failure decode_tile(const PayloadView& view, int64_t index, const Region& region
   int8_t* out = dst + (row_begin - region.row_begin) * ld_dst + (col_begin - region.col_begin);
   const bool whole = rows == tile.rows && cols == tile.cols;
   const bool in_one_piece = ld_dst == cols || rows == 1;
-  if (whole && in_one_piece) return decode_chunk(view, index, verify, out);
+  if (whole && in_one_piece) {
+    const int64_t rest = (region.row_end - row_begin) * cols;
+    return decode_chunk(view, index, verify, out, in_order ? rest : tile.weights());
+  }
 
   const int8_t* src = nullptr;
   const Chunk chunk = view.chunk(index);
@@ -63,11 +71,12 @@ Failure decode_tile(const PayloadView& view, int64_t index, const Region& region
     src = reinterpret_cast<const int8_t*>(view.data() + chunk.offset);
   } else {
     thread_local Scratch tile_scratch;
-    int8_t* decoded = reinterpret_cast<int8_t*>(tile_scratch.reserve(tile.weights()));
+    const int64_t capacity = tile.weights() + kFrameSlack;
+    int8_t* decoded = reinterpret_cast<int8_t*>(tile_scratch.reserve(capacity));
     if (decoded == nullptr) {
-      return Failure{Status::kOutOfMemory, "tile", index, static_cast<uint64_t>(tile.weights()), 0};
+      return Failure{Status::kOutOfMemory, "tile", index, static_cast<uint64_t>(capacity), 0};
     }
-    if (Failure bad = decode_chunk(view, index, verify, decoded); !bad.ok()) return bad;
+    if (Failure bad = decode_chunk(view, index, verify, decoded, capacity); !bad.ok()) return bad;
     src = decoded;
   }
   copy_rows(src + (row_begin - tile.row) * tile.cols + (col_begin - tile.col), tile.cols, rows,
@@ -77,7 +86,8 @@ Failure decode_tile(const PayloadView& view, int64_t index, const Region& region
 
 }  // namespace
 
-Failure decode_chunk(const PayloadView& view, int64_t index, Verify verify, int8_t* dst) {
+Failure decode_chunk(const PayloadView& view, int64_t index, Verify verify, int8_t* dst,
+                     int64_t dst_capacity) {
   const Chunk chunk = view.chunk(index);
   const int64_t weights = view.tile(index).weights();
   const uint8_t* src = view.data() + chunk.offset;
@@ -85,7 +95,7 @@ Failure decode_chunk(const PayloadView& view, int64_t index, Verify verify, int8
   if (chunk.encoding == Encoding::kRaw) {
     std::memcpy(dst, src, static_cast<size_t>(weights));
   } else {
-    status = decode_coded(src, chunk, weights, dst);
+    status = decode_coded(src, chunk, weights, dst, dst_capacity);
   }
   // After decoding, which is safe on any bytes: now they are in the cache, and hashing them is nearly free.
   if (verify == Verify::kYes) {
@@ -102,12 +112,15 @@ Failure decode_region(const PayloadView& view, const Region& region, Verify veri
   const int64_t first_slab = region.col_begin / layout.slab_cols;
   const int64_t panels = ceil_div(region.row_end, layout.panel_rows) - first_panel;
   const int64_t slabs = ceil_div(region.col_end, layout.slab_cols) - first_slab;
+  // One worker writes full-width tiles in order, so each may spill into the next one's place.
+  const bool in_order = executor.num_workers() == 1 && layout.num_slabs() == 1 &&
+                        region.cols() == layout.cols && ld_dst == layout.cols;
   std::mutex mutex;
   Failure first;
   executor.run(panels * slabs, [&](int64_t task, int) {
     const int64_t panel = first_panel + task / slabs, slab = first_slab + task % slabs;
     const int64_t index = panel * layout.num_slabs() + slab;
-    const Failure bad = decode_tile(view, index, region, verify, dst, ld_dst);
+    const Failure bad = decode_tile(view, index, region, verify, dst, ld_dst, in_order);
     if (bad.ok()) return;
     const std::lock_guard<std::mutex> lock(mutex);
     if (first.ok() || bad.chunk < first.chunk) first = bad;

@@ -19,9 +19,11 @@ enum class Verify : bool { kNo = false, kYes = true };
 
 /** Decodes one chunk: its tile, row-major and contiguous.
  *  @param dst   `view.tile(index).weights()` bytes, not overlapping the payload.
+ *  @param dst_capacity   at least that; what lies between may be overwritten. kFrameSlack more is fastest.
  *  @return kOk, kBadChecksum, kCorrupt or kOutOfMemory. On failure `dst` is undefined but never overrun.
  *  Threading: any number of threads; work space is per thread and kept. */
-Failure decode_chunk(const PayloadView& view, int64_t index, Verify verify, int8_t* dst);
+Failure decode_chunk(const PayloadView& view, int64_t index, Verify verify, int8_t* dst,
+                     int64_t dst_capacity);
 
 /** Decodes a rectangle straight to its place; only chunks that it touches are read.
  *  @param region   not empty, inside the matrix.

@@ -49,10 +49,11 @@ Status FrameEncoder::encode(const uint8_t* src, size_t src_size, uint8_t* dst, s
   }
 }
 
-Status decode_frame(const uint8_t* src, size_t src_size, uint8_t* dst, size_t dst_size) {
+Status decode_frame(const uint8_t* src, size_t src_size, uint8_t* dst, size_t dst_size,
+                    size_t dst_capacity) {
   ZSTD_DCtx* context = thread_decoder();
   if (context == nullptr) return Status::kOutOfMemory;
-  const size_t written = ZSTD_decompressDCtx(context, dst, dst_size, src, src_size);
+  const size_t written = ZSTD_decompressDCtx(context, dst, dst_capacity, src, src_size);
   return written == dst_size ? Status::kOk : Status::kCorrupt;
 }
 

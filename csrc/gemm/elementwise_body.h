@@ -26,12 +26,20 @@ inline uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((bits & kAbsMask) > kInfinityBits ? nan : rounded);
 }
 
-// IEEE 754 binary16. Subnormals come out of one exact float multiplication by 2^112; infinity and NaN keep their place.
+// All ones where a < b, for a and b below 2^31. Choices between floats are made with masks: GCC turns ?: into branches
+// where one side is a float operation that might trap, and then vectorizes nothing.
+inline uint32_t mask_less(uint32_t a, uint32_t b) { return 0u - ((a - b) >> 31); }
+inline uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+
+// IEEE 754 binary16. A subnormal m 2^-24 is (2^-14 + m 2^-24) - 2^-14, without a float that is subnormal itself: exact
+// even where a thread flushes those.
 inline float float16_to_float(uint16_t value) {
   const uint32_t magnitude = uint32_t{value} & 0x7fff;
-  const uint32_t finite = as_bits(as_float(magnitude << 13) * as_float(0x77800000));
-  const uint32_t special = (magnitude << 13) | kInfinityBits;
-  return as_float((magnitude >= 0x7c00 ? special : finite) | (uint32_t{value} & 0x8000) << 16);
+  const uint32_t subnormal = mask_less(magnitude, 0x400);
+  const uint32_t shifted = (magnitude << 13) + 0x38000000 + (subnormal & 0x00800000);
+  const uint32_t finite = as_bits(as_float(shifted) - as_float(subnormal & 0x38800000));
+  const uint32_t special = mask_less(0x7bff, magnitude) & kInfinityBits;
+  return as_float(finite | special | (uint32_t{value} & 0x8000) << 16);
 }
 
 inline uint16_t float_to_float16(float value) {
@@ -39,10 +47,10 @@ inline uint16_t float_to_float16(float value) {
   const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const uint32_t subnormal =
       as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);  // 2^-24 is the last bit of 0.5f
-  const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
-  const uint32_t special = magnitude > kInfinityBits ? 0x7e00u : 0x7c00u;
+  const uint32_t finite = choose(mask_less(magnitude, 0x38800000), subnormal, normal);
+  const uint32_t special = 0x7c00 | (mask_less(kInfinityBits, magnitude) & 0x200);
   // 65520 is the midpoint between the largest binary16 and the next: it rounds to infinity.
-  const uint32_t result = magnitude >= 0x477ff000 ? special : finite;
+  const uint32_t result = choose(mask_less(magnitude, 0x477ff000), finite, special);
   return static_cast<uint16_t>(result | (bits >> 16 & 0x8000));
 }
 
@@ -178,84 +186,5 @@ void dequantize_row(const int8_t* weight, int64_t cols, float row_scale, const f
       return dequantize_row_as<BFloat16>(weight, cols, row_scale, col_scale, out);
     case ElementType::kFloat16:
       return dequantize_row_as<Float16>(weight, cols, row_scale, col_scale, out);
-  }
-}
-
-inline void store_output(const PanelOutput& output, int64_t m, int64_t n, float value) {
-  const int64_t at = m * output.ld + n;
-  switch (output.type) {
-    case ElementType::kFloat32: static_cast<float*>(output.y)[at] = value; return;
-    case ElementType::kBFloat16:
-      static_cast<uint16_t*>(output.y)[at] = float_to_bfloat16(value);
-      return;
-    case ElementType::kFloat16:
-      static_cast<uint16_t*>(output.y)[at] = float_to_float16(value);
-      return;
-  }
-}
-
-// kRows rows of float weights times kTokens tokens; sums[r][t] has 16 lanes.
-template <int kRows, int kTokens>
-inline __attribute__((always_inline)) void weight_only_block(const float* weights, const float* x,
-                                                             int64_t stride, int64_t n, int64_t m,
-                                                             const PanelOutput& output) {
-  float sums[kRows][kTokens][16] = {};
-  for (int64_t k = 0; k < stride; k += 16) {
-    for (int r = 0; r < kRows; ++r) {
-      for (int t = 0; t < kTokens; ++t) {
-        for (int lane = 0; lane < 16; ++lane) {
-          sums[r][t][lane] += weights[r * stride + k + lane] * x[t * stride + k + lane];
-        }
-      }
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    const float bias = output.bias == nullptr ? 0.0f : output.bias[n + r];
-    for (int t = 0; t < kTokens; ++t) {
-      float* lanes = sums[r][t];
-      for (int width = 8; width >= 1; width /= 2) {
-        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-      }
-      const float scaled = lanes[0] * output.row_scale[n + r];
-      store_output(output, m + t, n + r, output.bias == nullptr ? scaled : scaled + bias);
-    }
-  }
-}
-
-template <int kRows>
-inline __attribute__((always_inline)) void weight_only_rows(const float* weights, const float* x,
-                                                            int64_t stride, int64_t n,
-                                                            int64_t begin, int64_t end,
-                                                            const PanelOutput& output) {
-  int64_t m = begin;
-  for (; m + 2 <= end; m += 2) {
-    weight_only_block<kRows, 2>(weights, x + m * stride, stride, n, m, output);
-  }
-  if (m < end) weight_only_block<kRows, 1>(weights, x + m * stride, stride, n, m, output);
-}
-
-void multiply_weight_only(const WeightPanel& panel, const float* x, int64_t tokens, float* scratch,
-                          const PanelOutput& output) {
-  constexpr int64_t kTokenBlock =
-      32;  // 32 tokens of 4096 columns are 512 KiB: they stay in the L2 cache
-  const int64_t stride = weight_only_cols(panel.cols);
-  for (int64_t begin = 0; begin < tokens; begin += kTokenBlock) {
-    const int64_t end = tokens - begin < kTokenBlock ? tokens : begin + kTokenBlock;
-    for (int64_t n = 0; n < panel.rows; n += kWeightOnlyRows) {
-      const int64_t rows = panel.rows - n < kWeightOnlyRows ? panel.rows - n : kWeightOnlyRows;
-      for (int64_t r = 0; r < rows; ++r) {
-        const int8_t* row = panel.data + (n + r) * panel.ld;
-        float* out = scratch + r * stride;
-        for (int64_t k = 0; k < panel.cols; ++k) out[k] = static_cast<float>(row[k]);
-        for (int64_t k = panel.cols; k < stride; ++k) out[k] = 0.0f;
-      }
-      if (rows == kWeightOnlyRows) {
-        weight_only_rows<kWeightOnlyRows>(scratch, x, stride, n, begin, end, output);
-      } else {
-        for (int64_t r = 0; r < rows; ++r) {
-          weight_only_rows<1>(scratch + r * stride, x, stride, n + r, begin, end, output);
-        }
-      }
-    }
   }
 }

@@ -48,8 +48,8 @@ struct GemmKernels {
   void (*pack)(const int8_t* q, int64_t tokens, int64_t cols, int64_t begin, int64_t end,
                uint8_t* packed);
 
-  /** acc[m * rows + n] = sum over k of weight[n, k] * q[m, k], in int32. Exact for K < 2^16 (two's complement
-   *  wrap-around beyond, where sums pass 2^31).
+  /** acc[m * rows + n] = sum over k of weight[n, k] * q[m, k], in int32. Exact for K <= 2^17: no sum
+   *  passes 2^31.
    *  @param acc   (tokens, panel.rows). */
   void (*multiply)(const WeightPanel& panel, const uint8_t* packed, int64_t tokens, int32_t* acc);
 

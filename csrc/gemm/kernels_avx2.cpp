@@ -1,4 +1,4 @@
-// AVX2: weights and activations are widened to int16 and multiplied with vpmaddwd. (vpmaddubsw, which needs no widening,
+// AVX2: weights and activations are widened to int16 and multiplied with vpmaddwd. (vpmaddubsw needs no widening, but
 // saturates its sums of two products and is not exact.)
 
 #include "gemm/kernel_table.h"
@@ -8,17 +8,20 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <utility>
 
+#define DCEXT_TARGET "avx2,fma,bmi2"
 #include "gemm/target_pragmas.h"
 
-DCEXT_TARGET_BEGIN("avx2,fma,bmi2")
+DCEXT_TARGET_BEGIN
 
 namespace dcext {
 namespace {
 
-#include "gemm/dot_avx2_body.h"
+#include "gemm/avx2_body.h"
+#include "gemm/unroll_body.h"
 
-struct Dot : Avx2Reduce {
+struct Dot : Avx2Sums {
   using Weights = __m256i;  // 16 int16
   using Activations = __m256i;
   using Packed = int16_t;
@@ -43,15 +46,15 @@ struct Dot : Avx2Reduce {
 
 #include "gemm/dot_body.h"
 #include "gemm/elementwise_body.h"
+#include "gemm/weight_only_body.h"
 
 }  // namespace
-
-extern const GemmKernels kAvx2Kernels = {Isa::kAvx2,    quantize,   dot_packed_nbytes,    dot_pack,
-                                         dot_multiply,  dequantize, multiply_weight_only, widen,
-                                         dequantize_row};
-
 }  // namespace dcext
 
 DCEXT_TARGET_END
+
+const dcext::GemmKernels dcext::kAvx2Kernels = {
+    Isa::kAvx2,           quantize, dot_packed_nbytes, dot_pack, dot_multiply, dequantize,
+    multiply_weight_only, widen,    dequantize_row};
 
 #endif  // __x86_64__

@@ -1,6 +1,6 @@
 // AVX-512 VNNI: vpdpbusd multiplies 64 unsigned activations (q + 128) with 64 signed weights into 16 int32 lanes.
-// Registers: 8 rows x 3 tokens of accumulators = 24, 7 left for weights and activations. Limited by the two VNNI ports
-// for many tokens, by memory for one.
+// Registers: 8 rows x 3 tokens of accumulators = 24, 3 of activations, 1 of weights. Limited by the two VNNI ports for
+// many tokens (337 of 430 GMAC/s in the L2 cache), by memory for one (17.6 of 18.3 GB/s).
 
 #include "gemm/kernel_table.h"
 
@@ -9,17 +9,22 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <utility>
 
+#define DCEXT_TARGET "avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 #include "gemm/target_pragmas.h"
 
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC bug 105593, in its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC bug 105593, in its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-DCEXT_TARGET_BEGIN("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+DCEXT_TARGET_BEGIN
 
 namespace dcext {
 namespace {
+
+#include "gemm/unroll_body.h"
 
 struct Dot {
   using Weights = __m512i;
@@ -36,23 +41,30 @@ struct Dot {
     return _mm512_maskz_loadu_epi8((~0ull) >> (64 - n), p);
   }
   static Activations load_packed(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static Acc dot(Acc acc, Activations x, Weights w) { return _mm512_dpbusd_epi32(acc, x, w); }
+  // Not _mm512_dpbusd_epi32: around it GCC 12 moves and spills most of the accumulators in every step.
+  static Acc dot(Acc acc, Activations x, Weights w) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+    return acc;
+  }
 
-  // Halves of two accumulators become one, until each 128-bit lane, then each element, holds one sum.
   template <int kCount>
-  static void reduce(const Acc* acc, int32_t* out) {
-    if (kCount == 8) {
+  static void sum_lanes(const Acc* acc, int32_t* out) {
+    static_assert(kCount == 8 || kCount == 1, "other counts are not used");
+    if constexpr (kCount == 8) {
       const __m512i a = combine(acc[0], acc[1], acc[2], acc[3]);
       const __m512i b = combine(acc[4], acc[5], acc[6], acc[7]);
-      // Lanes of a: sums 0..3, spread over four 128-bit parts. Add the parts of both.
-      const __m512i low = _mm512_shuffle_i64x2(a, b, 0x44), high = _mm512_shuffle_i64x2(a, b, 0xee);
-      const __m512i half = _mm512_add_epi32(low, high);  // a0+a2, a1+a3, b0+b2, b1+b3
-      const __m512i swapped = _mm512_shuffle_i64x2(half, half, 0xb1);
-      const __m512i sums = _mm512_add_epi32(half, swapped);  // a, a, b, b
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(sums));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 4), _mm512_extracti32x4_epi32(sums, 2));
+      const __m256i a2 = add_halves(a), b2 = add_halves(b);
+      const __m256i sums = _mm256_add_epi32(_mm256_permute2x128_si256(a2, b2, 0x20),
+                                            _mm256_permute2x128_si256(a2, b2, 0x31));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), sums);
     } else {
-      for (int i = 0; i < kCount; ++i) out[i] = _mm512_reduce_add_epi32(acc[i]);
+      // Not _mm512_reduce_add_epi32: it ends in a signed addition, and sums with offsets may wrap around.
+      const __m256i eight = add_halves(acc[0]);
+      __m128i sum =
+          _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+      sum = _mm_hadd_epi32(sum, sum);
+      sum = _mm_hadd_epi32(sum, sum);
+      out[0] = _mm_cvtsi128_si32(sum);
     }
   }
 
@@ -63,19 +75,54 @@ struct Dot {
     const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
     return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
   }
+  static __m256i add_halves(__m512i v) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  }
+};
+
+struct Lanes {
+  static constexpr int kTokens = 4;  // 4 rows x 4 tokens: 16 of 32 registers
+  using Vector = __m512;
+
+  static Vector zero() { return _mm512_setzero_ps(); }
+  static Vector load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
+  static Vector load_weights(const int8_t* p) {
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Vector load_weights_tail(const int8_t* p, int64_t n) {
+    return widen(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p));
+  }
+  static Vector add_product(Vector sum, Vector a, Vector b) {
+    return _mm512_add_ps(sum, _mm512_mul_ps(a, b));
+  }
+  static float tree_sum(Vector v) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+
+ private:
+  static Vector widen(__m128i w) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(w)); }
 };
 
 #include "gemm/dot_body.h"
 #include "gemm/elementwise_body.h"
+#include "gemm/weight_only_body.h"
 
 }  // namespace
-
-extern const GemmKernels kAvx512Kernels = {
-    Isa::kAvx512Vnni,     quantize, dot_packed_nbytes, dot_pack, dot_multiply, dequantize,
-    multiply_weight_only, widen,    dequantize_row};
-
 }  // namespace dcext
 
 DCEXT_TARGET_END
+
+const dcext::GemmKernels dcext::kAvx512Kernels = {
+    Isa::kAvx512Vnni,     quantize, dot_packed_nbytes, dot_pack, dot_multiply, dequantize,
+    multiply_weight_only, widen,    dequantize_row};
+
+const dcext::GemmKernels dcext::kAmxKernels = {
+    Isa::kAmx,     quantize,   amx_packed_nbytes,    amx_pack,
+    amx_multiply,  dequantize, multiply_weight_only, widen,
+    dequantize_row};
 
 #endif  // __x86_64__

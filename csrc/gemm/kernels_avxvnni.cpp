@@ -7,17 +7,20 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <utility>
 
+#define DCEXT_TARGET "avx2,fma,bmi2,avxvnni"
 #include "gemm/target_pragmas.h"
 
-DCEXT_TARGET_BEGIN("avx2,fma,bmi2,avxvnni")
+DCEXT_TARGET_BEGIN
 
 namespace dcext {
 namespace {
 
-#include "gemm/dot_avx2_body.h"
+#include "gemm/avx2_body.h"
+#include "gemm/unroll_body.h"
 
-struct Dot : Avx2Reduce {
+struct Dot : Avx2Sums {
   using Weights = __m256i;
   using Activations = __m256i;
   using Packed = uint8_t;
@@ -35,20 +38,24 @@ struct Dot : Avx2Reduce {
   static Activations load_packed(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
-  static Acc dot(Acc acc, Activations x, Weights w) { return _mm256_dpbusd_avx_epi32(acc, x, w); }
+  // Not _mm256_dpbusd_avx_epi32: see kernels_avx512.cpp.
+  static Acc dot(Acc acc, Activations x, Weights w) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(x), "x"(w));
+    return acc;
+  }
 };
 
 #include "gemm/dot_body.h"
 #include "gemm/elementwise_body.h"
+#include "gemm/weight_only_body.h"
 
 }  // namespace
-
-extern const GemmKernels kAvxVnniKernels = {
-    Isa::kAvxVnni,        quantize, dot_packed_nbytes, dot_pack, dot_multiply, dequantize,
-    multiply_weight_only, widen,    dequantize_row};
-
 }  // namespace dcext
 
 DCEXT_TARGET_END
+
+const dcext::GemmKernels dcext::kAvxVnniKernels = {
+    Isa::kAvxVnni,        quantize, dot_packed_nbytes, dot_pack, dot_multiply, dequantize,
+    multiply_weight_only, widen,    dequantize_row};
 
 #endif  // __x86_64__

@@ -1,13 +1,49 @@
 // No vector intrinsics: what every machine runs, and what the other kernels are tested against.
 
 #include <cstring>
+#include <utility>
 
 #include "gemm/kernel_table.h"
+#include "gemm/target_pragmas.h"
 
 namespace dcext {
 namespace {
 
+#include "gemm/unroll_body.h"
+
+struct Lanes {
+  static constexpr int kTokens = 1;
+  struct Vector {
+    float lanes[16];
+  };
+
+  static Vector zero() { return {}; }
+  static Vector load(const float* p) {
+    Vector v;
+    std::memcpy(v.lanes, p, sizeof(v.lanes));
+    return v;
+  }
+  static void store(float* p, const Vector& v) { std::memcpy(p, v.lanes, sizeof(v.lanes)); }
+  static Vector load_weights(const int8_t* p) { return load_weights_tail(p, 16); }
+  static Vector load_weights_tail(const int8_t* p, int64_t n) {
+    Vector v = {};
+    for (int64_t i = 0; i < n; ++i) v.lanes[i] = static_cast<float>(p[i]);
+    return v;
+  }
+  static Vector add_product(Vector sum, const Vector& a, const Vector& b) {
+    for (int i = 0; i < 16; ++i) sum.lanes[i] += a.lanes[i] * b.lanes[i];
+    return sum;
+  }
+  static float tree_sum(Vector v) {
+    for (int width = 8; width >= 1; width /= 2) {
+      for (int i = 0; i < width; ++i) v.lanes[i] += v.lanes[i + width];
+    }
+    return v.lanes[0];
+  }
+};
+
 #include "gemm/elementwise_body.h"
+#include "gemm/weight_only_body.h"
 
 int64_t packed_nbytes(int64_t tokens, int64_t cols) { return (tokens * cols + 63) / 64 * 64; }
 
@@ -30,9 +66,8 @@ void multiply(const WeightPanel& panel, const uint8_t* packed, int64_t tokens, i
 }
 
 }  // namespace
-
-extern const GemmKernels kScalarKernels = {Isa::kScalar,  quantize,   packed_nbytes,        pack,
-                                           multiply,      dequantize, multiply_weight_only, widen,
-                                           dequantize_row};
-
 }  // namespace dcext
+
+const dcext::GemmKernels dcext::kScalarKernels = {
+    Isa::kScalar,         quantize, packed_nbytes, pack, multiply, dequantize,
+    multiply_weight_only, widen,    dequantize_row};

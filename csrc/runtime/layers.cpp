@@ -6,6 +6,7 @@
 
 #include "base/scratch.h"
 #include "codec/payload_decoder.h"
+#include "codec/zstd_frame.h"
 
 namespace dcext {
 namespace {
@@ -52,11 +53,11 @@ Failure load_panel(const PayloadView& view, int64_t index, WeightPanel* panel) {
     panel->data = reinterpret_cast<const int8_t*>(view.data() + chunk.offset);
     return {};
   }
-  const int64_t nbytes = tile.rows * layout.cols;
+  const int64_t nbytes = tile.rows * layout.cols + kFrameSlack;
   auto* decoded = reinterpret_cast<int8_t*>(scratch.reserve(nbytes));
   if (decoded == nullptr) return out_of_memory(nbytes);
   panel->data = decoded;
-  if (one_slab) return decode_chunk(view, first_chunk, Verify::kNo, decoded);
+  if (one_slab) return decode_chunk(view, first_chunk, Verify::kNo, decoded, nbytes);
   SerialExecutor serial;
   const Region region{tile.row, tile.row + tile.rows, 0, layout.cols};
   return decode_region(view, region, Verify::kNo, decoded, layout.cols, serial);
