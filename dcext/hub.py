@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from dcext.format import CheckpointReader
 from dcext.format.manifest import MANIFEST_NAME
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -37,17 +38,18 @@ def load_float_model(model: str | Path, dtype: str = "auto") -> tuple[nn.Module,
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer stored in a folder.
+    """The tokenizer stored in a checkpoint, its files verified.
 
     Raises:
-        FileNotFoundError: the folder has none.
+        FileNotFoundError: the checkpoint has none.
+        FormatError: one of its files is not what was written.
     """
     from transformers import AutoTokenizer
 
-    if not any(
-        (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
-    ):
-        raise FileNotFoundError(f"{folder}: expected a tokenizer (tokenizer.json), found none")
+    if "tokenizer_config.json" not in CheckpointReader(folder).read_files():
+        raise FileNotFoundError(
+            f"{folder}: expected a tokenizer (tokenizer_config.json), found none"
+        )
     return AutoTokenizer.from_pretrained(str(folder))
 
 

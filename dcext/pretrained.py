@@ -110,7 +110,11 @@ def from_pretrained(
         raise FormatError(
             f"{directory}: config.json: quantization_config: expected quant_method 'dcext'"
         )
-    model = _skeleton(directory, model_config)
+    generation_config = None
+    if "generation_config.json" in reader.file_names:
+        data = reader.read_file("generation_config.json")
+        generation_config = parse_json_object(data, "generation_config.json")
+    model = _skeleton(directory, model_config, generation_config)
     loader = _Loader(reader, quantization, progress or (lambda nbytes: None))
     loader.load_into(model)
     if dtype is not None:
@@ -159,7 +163,9 @@ def _side_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
-def _skeleton(directory: str | Path, model_config: dict[str, Any]) -> nn.Module:
+def _skeleton(
+    directory: str | Path, model_config: dict[str, Any], generation_config: dict[str, Any] | None
+) -> nn.Module:
     """The model with parameters on the meta device; buffers that are computed at construction are real."""
     import transformers
     from accelerate import init_empty_weights
@@ -174,9 +180,8 @@ def _skeleton(directory: str | Path, model_config: dict[str, Any]) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
     model.tie_weights()  # meta parameters are made one by one and lose their ties
-    generation_config = Path(directory) / "generation_config.json"
-    if generation_config.is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    if generation_config is not None:
+        model.generation_config = transformers.GenerationConfig.from_dict(generation_config)
     return model
 
 

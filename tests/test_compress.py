@@ -187,6 +187,15 @@ def test_a_flipped_bit_names_the_tensor(copied):
         dcext.from_pretrained(copied)
 
 
+def test_a_flipped_bit_in_a_side_file_names_it(copied):
+    path = copied / "generation_config.json"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(dcext.FormatError, match=r"generation_config\.json: checksum"):
+        dcext.from_pretrained(copied)
+
+
 def test_an_edited_config_is_found(copied):
     config = json.loads((copied / "config.json").read_text())
     config["hidden_size"] = 32

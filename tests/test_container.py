@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,17 +10,21 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dcext.errors import FormatError
-from dcext.format import CheckpointReader, write_checkpoint
+from dcext.format import CheckpointReader, replace, write_checkpoint
 from dcext.format.manifest import canonical_json, dump_manifest
+from dcext.format.safetensors_header import DTYPE_NAMES
 
 FILES = {"config.json": b'{"a": 1}\n'}
 
@@ -135,6 +140,10 @@ def test_another_version_is_refused(folder):
         {"x": {"nbytes": "1", "xxh3_64": ""}},
         {"x": {"nbytes": 1}},
         {"x": 5},
+        {"x" * 300: {"nbytes": 1, "xxh3_64": ""}},
+        {"x\0": {"nbytes": 1, "xxh3_64": ""}},
+        {"x": {"nbytes": 2**63, "xxh3_64": ""}},
+        {"x": {"nbytes": True, "xxh3_64": ""}},
     ],
 )
 def test_manifests_of_another_form_are_refused(folder, files):
@@ -161,8 +170,19 @@ def entry(dtype: object, shape: object, begin: object, end: object) -> dict:
     [
         (2**60, "header length"),
         (b"[]", "expected a JSON object"),
-        ({"t": entry("U8", [2**63, 2**63], 0, 8)}, "for shape"),
-        ({"t": entry("U8", [8], 0, 2**64)}, "for shape"),
+        ({"t": entry("U8", [2**63, 2**63], 0, 8)}, "shape"),
+        ({"t": entry("U8", [2**62, 2**62], 0, 8)}, "for shape"),
+        ({"t": entry("U8", [2**63 - 1] * 64, 0, 8)}, "for shape"),
+        ({"t": entry("U8", [2**63] * 400, 0, 8)}, "shape"),
+        ({"t": entry("U8", [0, 2**63], 0, 0), "u": entry("U8", [8], 0, 8)}, "shape"),
+        ({"t": entry("U8", [0, 2**62, 2**62], 0, 0), "u": entry("U8", [8], 0, 8)}, "for shape"),
+        ({"t": entry("U8", [1] * 64 + [8], 0, 8)}, "shape"),
+        ({"t": entry("U8", [8], 0, 2**64)}, "shape"),
+        ({"t": entry("U8", [8], 10**4299, 10**4299 + 8)}, "data_offsets"),
+        ({"t": entry([], [8], 0, 8)}, "dtype"),
+        ({"t": entry("U8", ["long" * 100_000], 0, 8)}, "shape"),
+        ({"__metadata__": {"a": 1}, "t": entry("U8", [8], 0, 8)}, "metadata"),
+        (json.dumps({"t": entry("U8", [8], 0, 8)}).encode("utf-16"), "expected JSON"),
         ({"t": entry("U8", [8], 8, 16)}, "expected data at byte"),
         ({"t": entry("U8", [4], 0, 4)}, "expected .* bytes, found"),
         ({"t": entry("U8", [4], 0, 4), "u": entry("U8", [5], 3, 8)}, "tensor 'u'"),
@@ -182,14 +202,51 @@ def test_crafted_headers_are_refused(tmp_path, header, message):
     length = header if isinstance(header, int) else len(text)
     data = struct.pack("<Q", length) + text + bytes(8)
     (folder / "model.safetensors").write_bytes(data)
-    names = list(header) if isinstance(header, dict) else []
+    write_fitting_manifest(folder, list(header) if isinstance(header, dict) else [])
+    with pytest.raises(FormatError, match=message) as error:
+        CheckpointReader(folder)
+    assert len(str(error.value)) < 2000
+
+
+def write_fitting_manifest(folder: Path, names: list[str], hashes: dict | None = None) -> None:
+    data = (folder / "model.safetensors").read_bytes()
     manifest = {
         "nbytes": len(data),
         "header_xxh3_64": xxhash.xxh3_64_hexdigest(data[:-8]),
-        "tensors": dict.fromkeys(names, ""),
+        "tensors": dict.fromkeys(names, "") | (hashes or {}),
     }
     (folder / "dcext.json").write_bytes(dump_manifest({"model.safetensors": manifest}))
-    with pytest.raises(FormatError, match=message):
+
+
+def test_an_empty_shard_that_the_manifest_agrees_with(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    write_fitting_manifest(tmp_path, [])
+    with pytest.raises(FormatError, match="expected at least 8 bytes, found 0"):
+        CheckpointReader(tmp_path)
+
+
+def test_a_tensor_that_lies_unaligned_is_copied(tmp_path):
+    value = torch.tensor([1.5]).view(torch.uint8).numpy().tobytes()
+    header = {
+        "a": entry("U8", [1], 0, 1),
+        "f": entry("F32", [1], 1, 5),
+        "z": entry("U8", [3], 5, 8),
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = struct.pack("<Q", len(text)) + text + b"\0" + value + bytes(3)
+    (tmp_path / "model.safetensors").write_bytes(data)
+    write_fitting_manifest(tmp_path, list(header))
+    tensor = CheckpointReader(tmp_path).get("f")
+    assert tensor.data_ptr() % 4 == 0
+    assert tensor.tolist() == [1.5]
+
+
+@pytest.mark.parametrize("depth", [100, 990, 5000])
+def test_deep_manifests_are_refused(folder, depth):
+    body = b'{"files": %s, "format_version": 1, "xxh3_64": "0"}' % (b"[" * depth + b"]" * depth)
+    (folder / "dcext.json").write_bytes(body)
+    with pytest.raises(FormatError, match=r"dcext\.json: "):
         CheckpointReader(folder)
 
 
@@ -215,8 +272,11 @@ def test_a_failure_leaves_nothing(tmp_path):
         write_checkpoint(tmp_path / "m", some_tensors(), FILES, progress=fail)
     with pytest.raises(ValueError, match="expected a CPU tensor"):
         write_checkpoint(tmp_path / "m", {"t": torch.empty(1, device="meta")}, FILES)
-    with pytest.raises(ValueError, match="plain name"):
-        write_checkpoint(tmp_path / "m", some_tensors(), {"dcext.json": b""})
+    for name in ("dcext.json", "model.safetensors.index.json", "a/b", "", "x" * 256):
+        with pytest.raises(ValueError, match="plain name"):
+            write_checkpoint(tmp_path / "m", some_tensors(), {name: b""}, progress=fail)
+    with pytest.raises(ValueError, match="__metadata__"):
+        write_checkpoint(tmp_path / "m", {"__metadata__": torch.zeros(1)}, FILES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -255,10 +315,184 @@ def test_kill_leaves_nothing_or_a_complete_checkpoint(tmp_path):
 
 
 def test_without_exchange_the_old_folder_is_renamed_away(tmp_path, monkeypatch):
-    from dcext.format import writer
-
     write_checkpoint(tmp_path / "m", some_tensors(), FILES)
-    monkeypatch.setattr(writer, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(replace, "_exchange", lambda first, second: False)
     write_checkpoint(tmp_path / "m", {"new": torch.zeros(3)}, FILES, overwrite=True)
     assert CheckpointReader(tmp_path / "m").names() == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_failure_between_the_two_renames_puts_the_old_folder_back(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "m", some_tensors(), FILES)
+    monkeypatch.setattr(replace, "_exchange", lambda first, second: False)
+    rename, target = os.rename, tmp_path / "m"
+
+    def refuse_the_new_one(old, new):
+        if new == target and not str(old).endswith("-old"):
+            raise OSError("disk trouble")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", refuse_the_new_one)
+    with pytest.raises(OSError, match="disk trouble"):
+        write_checkpoint(target, {"new": torch.zeros(3)}, FILES, overwrite=True)
+    CheckpointReader(target).verify_all()
+    assert CheckpointReader(target).names() == sorted(some_tensors())
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+KILLED_EVERYWHERE = """
+import itertools, os, signal, sys
+from pathlib import Path
+import torch
+from dcext.format import CheckpointReader, replace, write_checkpoint
+
+root, mode = Path(sys.argv[1]), sys.argv[2]
+target = root / "m"
+if mode == "renames":
+    replace._exchange = lambda first, second: False
+EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "fcntl.flock", "ctypes.dlsym"}
+left = None
+
+def step(event):
+    global left
+    if left is not None and event in EVENTS:
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sync = os.fsync
+def counted_sync(descriptor):
+    step("open")
+    sync(descriptor)
+os.fsync = counted_sync
+sys.addaudithook(lambda event, arguments: step(event))
+
+def write(generation, progress=None):
+    tensors = {"generation": torch.tensor(generation), "a": torch.full((4096,), generation, dtype=torch.uint8)}
+    write_checkpoint(target, tensors, {"f": b"x"}, overwrite=True, max_shard_nbytes=4096, progress=progress)
+
+def check(generations):
+    reader = CheckpointReader(target)
+    reader.verify_all()
+    assert int(reader.get("generation")) in generations
+    assert (reader.get("a") == int(reader.get("generation"))).all()
+    return int(reader.get("generation"))
+
+def interrupted(nbytes):
+    raise KeyboardInterrupt
+
+seen, missing = set(), 0
+for kill_at in itertools.count(1):
+    write(1)
+    child = os.fork()
+    if child == 0:
+        left = kill_at
+        write(2)
+        os._exit(0)
+    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    if mode == "exchange" or target.exists():
+        check((1, 2))
+    else:
+        missing += 1
+    try:
+        write(3, interrupted)  # cleans up, puts back, and fails
+    except KeyboardInterrupt:
+        pass
+    seen.add(check((1, 2)))
+    assert [path.name for path in root.iterdir()] == ["m"], sorted(root.iterdir())
+    if not killed:
+        break
+assert seen == {1, 2} and kill_at > 20, (seen, kill_at)
+assert missing == (1 if mode == "renames" else 0), missing
+"""
+
+
+@pytest.mark.parametrize("mode", ["exchange", "renames"])
+def test_kill_before_every_single_step(tmp_path, mode):
+    """SIGKILL before each call that touches the file system: the old or the new checkpoint is there, complete."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", KILLED_EVERYWHERE, str(tmp_path), mode]
+    subprocess.run(command, check=True, env=environment, timeout=60)
+
+
+def test_leftovers_are_told_from_living_writers_by_a_lock(tmp_path):
+    """Process ids are reused, and names may hold what a pattern would take for its own."""
+    dead = tmp_path / f".m[1].tmp-{os.getpid()}-x"
+    living = tmp_path / ".m[1].tmp-999999999-x"
+    other = tmp_path / ".m[1].tmp-notes"
+    for path in (dead, living, other):
+        path.mkdir()
+    descriptor = os.open(living, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    write_checkpoint(tmp_path / "m[1]", some_tensors(), FILES)
+    os.close(descriptor)
+    assert sorted(tmp_path.iterdir()) == sorted([living, other, tmp_path / "m[1]"])
+
+
+def test_the_folder_behind_a_link_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    write_checkpoint(tmp_path / "disk" / "m", some_tensors(), FILES)
+    (tmp_path / "m").symlink_to(tmp_path / "disk" / "m")
+    write_checkpoint(tmp_path / "m", {"new": torch.zeros(3)}, FILES, overwrite=True)
+    assert (tmp_path / "m").is_symlink()
+    assert CheckpointReader(tmp_path / "disk" / "m").names() == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "m"]
+
+
+def test_a_target_that_changed_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "m"
+
+    def put_something_there(nbytes: int) -> None:
+        target.mkdir(exist_ok=True)
+        (target / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
+        write_checkpoint(target, some_tensors(), FILES, progress=put_something_there)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert [path.name for path in target.iterdir()] == ["thesis.tex"]
+
+
+def test_permissions_are_those_of_any_new_folder(tmp_path):
+    (tmp_path / "plain").mkdir()
+    write_checkpoint(tmp_path / "m", some_tensors(), FILES)
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_folders_that_are_not_checkpoints_say_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="dcext compress"):
+        CheckpointReader(tmp_path / "missing")
+    with pytest.raises(FormatError, match=r"dcext\.json: .*dcext compress"):
+        CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPE_NAMES), ids=str)
+def test_every_dtype_as_the_stock_package_reads_it(tmp_path, dtype):
+    tensor = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
+    write_checkpoint(tmp_path / "m", {"t": tensor.T}, {})
+    reader = CheckpointReader(tmp_path / "m")
+    for found in (reader.get("t"), load_file(tmp_path / "m" / "model.safetensors")["t"]):
+        assert found.dtype == dtype
+        assert torch.equal(found.float(), tensor.T.float())
+
+
+@given(st.data())
+def test_any_damage_gives_one_kind_of_error(data):
+    """Bytes overwritten anywhere, also with hashes made to fit: a FormatError, or what was written."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "m"
+        write_checkpoint(folder, {"t": torch.zeros(8, dtype=torch.uint8)}, {})
+        shard = folder / "model.safetensors"
+        original = shard.read_bytes()
+        at = data.draw(st.integers(0, len(original) - 9))
+        patch = data.draw(
+            st.binary(min_size=1, max_size=12) | st.sampled_from([b"9" * 12, b"[" * 9])
+        )
+        damaged = (original[:at] + patch + original[at + len(patch) :])[: len(original)]
+        shard.write_bytes(damaged)
+        write_fitting_manifest(folder, ["t"], {"t": xxhash.xxh3_64_hexdigest(damaged[-8:])})
+        try:
+            reader = CheckpointReader(folder)
+            reader.verify_all()
+            assert reader.get("t").nbytes == 8
+        except FormatError:
+            pass

@@ -95,9 +95,9 @@ def verify(folder: OutFolder, as_json: JsonOption = False) -> None:
 
     reader = CheckpointReader(folder)
     payloads = [name for name in reader.names() if name.endswith(".payload")]
-    weights = sum(_num_weights(reader, name) for name in payloads)
     with byte_progress("checksums", reader.tensor_nbytes) as advance:
         reader.verify_all(advance)
+    weights = sum(_num_weights(reader, name) for name in payloads)
     with byte_progress("decoding", weights) as advance:
         for name in payloads:
             try:
@@ -140,26 +140,22 @@ def decompress(
     """Unpack to plain INT8 safetensors: N.weight (int8) and N.row_scale instead of N.payload."""
     import dcext
     from dcext.format import CheckpointReader, write_checkpoint
+    from dcext.format.manifest import INDEX_NAME
 
     reader = CheckpointReader(folder)
+    with byte_progress("checksums", reader.tensor_nbytes) as advance:
+        reader.verify_all(advance)
     tensors = {}
-    weights = sum(
-        _num_weights(reader, name) for name in reader.names() if name.endswith(".payload")
-    )
-    with byte_progress("decoding", weights) as advance:
+    payloads = [name for name in reader.names() if name.endswith(".payload")]
+    with byte_progress("decoding", sum(_num_weights(reader, name) for name in payloads)) as advance:
         for name in reader.names():
-            reader.verify(name)
             tensor = reader.get(name)
-            if name.endswith(".payload"):
+            if name in payloads:
                 tensor, name = dcext.decode(tensor), name.removesuffix(".payload") + ".weight"
                 advance(tensor.numel())
             tensors[name] = tensor
-    files = {
-        name: reader.read_file(name)
-        for name in reader.file_names
-        if name.endswith((".json", ".txt", ".model", ".jinja"))
-    }
-    files.pop("model.safetensors.index.json", None)
+    files = reader.read_files()
+    files.pop(INDEX_NAME, None)
     with byte_progress("writing", sum(tensor.nbytes for tensor in tensors.values())) as advance:
         write_checkpoint(
             output,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,12 +14,34 @@ from dcext.errors import FormatError
 MANIFEST_NAME = "dcext.json"
 INDEX_NAME = "model.safetensors.index.json"
 FORMAT_VERSION = 1
-MAX_MANIFEST_NBYTES = 1 << 28
+MAX_MANIFEST_NBYTES = 1 << 26  # half a million tensors
+MAX_SIZE = 2**63 - 1  # of anything counted: what torch and the file system can hold
+MAX_FILE_NAME_NBYTES = 255
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200
 
 
 def hash_bytes(data: Any) -> str:
     """XXH3-64 of a bytes-like object, as 16 hexadecimal digits."""
     return xxhash.xxh3_64_hexdigest(data)
+
+
+def shorten(value: Any) -> str:
+    """``repr`` for messages: whatever a damaged file holds, it stays a line."""
+    return _short.repr(value)
+
+
+def is_size(value: Any) -> bool:
+    """Whether a JSON value is a number that can count bytes or elements."""
+    return type(value) is int and 0 <= value <= MAX_SIZE
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is a file directly in the folder, on any file system."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        return False
+    return len(name.encode("utf-8", "replace")) <= MAX_FILE_NAME_NBYTES
 
 
 def canonical_json(value: Any) -> bytes:
@@ -43,14 +66,18 @@ def parse_manifest(data: bytes) -> dict[str, dict[str, Any]]:
     version = body.get("format_version")
     if version != FORMAT_VERSION:
         raise FormatError(
-            f"{MANIFEST_NAME}: format_version: expected {FORMAT_VERSION}, found {version!r}"
+            f"{MANIFEST_NAME}: format_version: expected {FORMAT_VERSION}, found {shorten(version)}"
         )
     stated = body.pop("xxh3_64", None)
-    found = hash_bytes(canonical_json(body))
-    # The layout of the text is part of what is checked: a manifest has exactly one form.
-    if stated != found or dump_manifest(body.get("files", {})) != data:
+    try:
+        found = hash_bytes(canonical_json(body))
+        # The layout of the text is part of what is checked: a manifest has exactly one form.
+        same = stated == found and dump_manifest(body.get("files", {})) == data
+    except RecursionError:
+        raise FormatError(f"{MANIFEST_NAME}: expected two levels of JSON, found many") from None
+    if not same:
         raise FormatError(
-            f"{MANIFEST_NAME}: checksum: expected {stated!r}, found {found!r} (the file was altered)"
+            f"{MANIFEST_NAME}: checksum: expected {shorten(stated)}, found {found!r} (the file was altered)"
         )
     files = body.get("files")
     if not isinstance(files, dict) or not all(
@@ -69,7 +96,7 @@ def parse_json_object(data: bytes, name: str) -> dict[str, Any]:
         FormatError: anything else.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_unique)
+        value = json.loads(data.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{name}: expected JSON, found: {error}") from None
     if not isinstance(value, dict):
@@ -81,15 +108,13 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"duplicate key {key!r}")
+            raise ValueError(f"duplicate key {shorten(key)}")
         result[key] = value
     return result
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    if "/" in name or name in ("", ".", "..") or not isinstance(entry, dict):
-        return False
-    if not isinstance(entry.get("nbytes"), int) or entry["nbytes"] < 0:
+    if not is_plain_name(name) or not isinstance(entry, dict) or not is_size(entry.get("nbytes")):
         return False
     hashes = [entry.get("header_xxh3_64" if "tensors" in entry else "xxh3_64")]
     tensors = entry.get("tensors", {})

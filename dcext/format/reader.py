@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ class CheckpointReader:
     """An open checkpoint. Every byte that it hands out can be checked against the manifest.
 
     Opening validates manifest, names and sizes of all files, and the headers of the shards; data are read when asked
-    for. The files are mapped: one that another process shrinks meanwhile faults (SIGBUS), as with any mapping.
-    ``write_checkpoint`` never does that: it replaces whole folders.
+    for. The files stay mapped until the reader and all tensors taken from it are gone; nothing has to be closed. One
+    that another process shrinks meanwhile faults (SIGBUS), as with any mapping. ``write_checkpoint`` never does that: it
+    replaces whole folders.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -37,7 +39,7 @@ class CheckpointReader:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise FileNotFoundError(
-                f"{self.directory}: expected a folder written by dcext, found none"
+                f"{self.directory}: expected a folder that `dcext compress` or save_pretrained wrote, found none"
             )
         self._files = self._read_manifest()
         self._views: dict[str, memoryview] = {}
@@ -57,7 +59,8 @@ class CheckpointReader:
         path = self.directory / MANIFEST_NAME
         if not path.is_file():
             raise FormatError(
-                f"{path}: expected the manifest of a dcext checkpoint, found no such file"
+                f"{path}: expected the manifest of a dcext checkpoint, found no such file; "
+                "`dcext compress` makes one from an ordinary model"
             )
         if path.stat().st_size > MAX_MANIFEST_NBYTES:
             raise FormatError(
@@ -85,6 +88,8 @@ class CheckpointReader:
     def _map(self, name: str) -> memoryview:
         if name not in self._views:
             with open(self.directory / name, "rb") as file:
+                if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
+                    return memoryview(b"")
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._views[name] = memoryview(mapped)
         return self._views[name]
@@ -122,6 +127,8 @@ class CheckpointReader:
     def get(self, name: str) -> Tensor:
         """A tensor, as a view of the mapped file: no copy, not verified, read-only (writing to it is undefined).
 
+        A tensor that does not lie at a multiple of its element size, as only other writers' do, is copied.
+
         Raises:
             KeyError: no such tensor.
         """
@@ -131,7 +138,10 @@ class CheckpointReader:
         data = self._bytes(info)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            return torch.frombuffer(data, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
+            flat = torch.frombuffer(data, dtype=torch.uint8)
+        if info.offset % info.dtype.itemsize != 0:
+            flat = flat.clone()
+        return flat.view(info.dtype).reshape(info.shape)
 
     def _bytes(self, info: TensorInfo) -> memoryview:
         return self._map(info.file)[info.offset : info.offset + info.nbytes]
@@ -161,13 +171,18 @@ class CheckpointReader:
         Raises:
             FormatError: the first difference.
         """
-        for name in self._small_files():
-            self.read_file(name)
+        self.read_files()
         for name in self.names():
             self.verify(name, progress)
 
-    def _small_files(self) -> Iterator[str]:
-        return (name for name, entry in self._files.items() if "tensors" not in entry)
+    def read_files(self) -> dict[str, bytes]:
+        """All small files, such as ``config.json`` and the tokenizer's, verified.
+
+        Raises:
+            FormatError: the first difference.
+        """
+        small = [name for name, entry in self._files.items() if "tensors" not in entry]
+        return {name: self.read_file(name) for name in small}
 
     def read_file(self, name: str) -> bytes:
         """A small file such as ``config.json``, verified.

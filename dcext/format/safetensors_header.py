@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dcext.errors import FormatError
-from dcext.format.manifest import parse_json_object
+from dcext.format.manifest import MAX_SIZE, is_size, parse_json_object, shorten
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -25,9 +25,16 @@ DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 ALIGNMENT = 64
+METADATA_KEY = "__metadata__"
+MAX_DIMENSIONS = 64  # of a torch tensor that operators accept
 MAX_HEADER_NBYTES = 100_000_000  # the bound of the safetensors library
 
 
@@ -44,7 +51,7 @@ class TensorInfo:
 
 def dump_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Length and header of a file that holds ``tensors`` in this order; its size is a multiple of 64."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    entries: dict[str, Any] = {METADATA_KEY: dict(metadata)}
     offset = 0
     for name, tensor in tensors.items():
         entries[name] = {
@@ -81,13 +88,15 @@ def parse_header(file: str, data: memoryview) -> dict[str, TensorInfo]:
     """
     begin = header_nbytes(file, data)
     entries = parse_json_object(bytes(data[8:begin]), f"{file}: header")
-    entries.pop("__metadata__", None)
+    metadata: Any = entries.pop(METADATA_KEY, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{file}: metadata: expected strings, found {shorten(metadata)}")
     infos = {name: _parse_entry(file, name, entry, begin) for name, entry in entries.items()}
     end = begin
     for name, info in sorted(infos.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != end:
             raise FormatError(
-                f"{file}: tensor {name!r}: expected data at byte {end}, found {info.offset}"
+                f"{file}: tensor {shorten(name)}: expected data at byte {end}, found {info.offset}"
             )
         end += info.nbytes
     if end != len(data):
@@ -96,29 +105,37 @@ def parse_header(file: str, data: memoryview) -> dict[str, TensorInfo]:
 
 
 def _parse_entry(file: str, name: str, entry: Any, begin: int) -> TensorInfo:
-    place = f"{file}: tensor {name!r}"
+    place = f"{file}: tensor {shorten(name)}"
     fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     dtype: Any = fields.get("dtype")
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
-    if dtype not in DTYPES:
-        raise FormatError(f"{place}: dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FormatError(
-            f"{place}: expected shape and data_offsets, found {shape!r} and {offsets!r}"
+            f"{place}: dtype: expected one of {', '.join(DTYPES)}, found {shorten(dtype)}"
         )
-    nbytes = DTYPES[dtype].itemsize
+    if not _are_sizes(shape, MAX_DIMENSIONS) or not _are_sizes(offsets, 2) or len(offsets) != 2:
+        raise FormatError(
+            f"{place}: expected shape and data_offsets, found {shorten(shape)} and {shorten(offsets)}"
+        )
+    nbytes = span = DTYPES[dtype].itemsize
     for size in shape:
         nbytes *= size
+        span *= max(size, 1)  # strides are computed from the other sizes where one is zero
+    if span > MAX_SIZE:
+        raise FormatError(
+            f"{place}: expected at most {MAX_SIZE} bytes, found more for shape {shorten(shape)}"
+        )
     if offsets[1] - offsets[0] != nbytes:
         raise FormatError(
-            f"{place}: expected {nbytes} bytes for shape {shape}, found {offsets[1] - offsets[0]}"
+            f"{place}: expected {nbytes} bytes for shape {shorten(shape)}, "
+            f"found {offsets[1] - offsets[0]}"
         )
     return TensorInfo(file, DTYPES[dtype], tuple(shape), begin + offsets[0], nbytes)
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+def _are_sizes(value: Any, most: int) -> bool:
+    return isinstance(value, list) and len(value) <= most and all(is_size(item) for item in value)
 
 
 def data_ptr_bytes(tensor: Tensor) -> memoryview:

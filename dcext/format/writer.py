@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
-import shutil
-import tempfile
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -21,12 +18,18 @@ from dcext.format.manifest import (
     MANIFEST_NAME,
     dump_manifest,
     hash_bytes,
+    is_plain_name,
 )
-from dcext.format.safetensors_header import DTYPE_NAMES, data_ptr_bytes, dump_header
+from dcext.format.replace import replacing
+from dcext.format.safetensors_header import (
+    DTYPE_NAMES,
+    METADATA_KEY,
+    data_ptr_bytes,
+    dump_header,
+)
 
 WRITE_NBYTES = 16 << 20
-RENAME_EXCHANGE = 2
-AT_FDCWD = -100
+RESERVED_NAME = re.compile(r"dcext\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def write_checkpoint(
@@ -42,8 +45,9 @@ def write_checkpoint(
 
     Everything is written to a temporary folder beside the target, flushed to the disk, and put in place by one rename;
     an existing checkpoint is exchanged for the new one in that same system call (where the system cannot exchange
-    folders, the old one is renamed away first). A process that is killed leaves the target as it was, and a temporary
-    folder that the next call removes. The same arguments always give the same bytes.
+    folders, the old one is renamed away first, and put back by the next call if the process dies just then). A process
+    that is killed leaves the target as it was, and a temporary folder that the next call removes. The same arguments,
+    in the same order, always give the same bytes. A target that is a link stays one: the folder behind it is replaced.
 
     Args:
         directory: the target. Missing, an empty folder, or, with ``overwrite``, a checkpoint.
@@ -54,27 +58,31 @@ def write_checkpoint(
         progress: called with the number of bytes written since the last call.
 
     Raises:
-        FileExistsError: the target holds something else, or a checkpoint without ``overwrite``.
-        ValueError: a tensor that is not on the CPU or has a dtype that safetensors lacks, or a reserved file name.
+        FileExistsError: the target holds something else, a checkpoint without ``overwrite``, or is a mount point.
+        ValueError: a tensor that is not on the CPU or has a dtype that safetensors lacks, or a reserved name.
     """
-    target = Path(directory).absolute()
-    check_target(target, overwrite)
+    _check_arguments(tensors, files)
+    target = Path(directory).resolve()  # a link stays, and what it points to is replaced
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target, lambda: check_target(target, overwrite)) as folder:
+        _write_files(folder, tensors, files, max_shard_nbytes, progress or (lambda nbytes: None))
+
+
+def _check_arguments(tensors: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu" or tensor.dtype not in DTYPE_NAMES:
             raise ValueError(
                 f"{name}: expected a CPU tensor, got {tensor.dtype} on {tensor.device}"
             )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target)
-    temporary = Path(
-        tempfile.mkdtemp(prefix=_prefix(target) + f"{os.getpid()}-", dir=target.parent)
-    )
-    os.chmod(temporary, 0o777 & ~_umask())
-    try:
-        _write_files(temporary, tensors, files, max_shard_nbytes, progress or (lambda nbytes: None))
-        _put_in_place(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if name == METADATA_KEY:
+            raise ValueError(
+                f"tensors: expected a name that safetensors does not use, got {name!r}"
+            )
+    for name in files:
+        if not is_plain_name(name) or RESERVED_NAME.fullmatch(name):
+            raise ValueError(
+                f"files: expected a plain name that the container does not use, got {name!r}"
+            )
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -88,32 +96,20 @@ def check_target(target: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: what was expected and what was found.
     """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if target.is_mount():
+        raise FileExistsError(
+            f"{target}: expected a folder, found a mount point, which cannot be replaced as a whole; "
+            "choose a folder inside it"
+        )
+    found = next(target.iterdir(), None) if target.is_dir() else target
+    if found is None or not target.exists():
         return
     if not is_checkpoint(target):
         raise FileExistsError(
-            f"{target}: expected a new or empty folder, found something that is not dcext's"
+            f"{target}: expected a new or empty folder, found {found.name!r}, which is not dcext's"
         )
     if not overwrite:
         raise FileExistsError(f"{target}: holds a dcext checkpoint; pass overwrite to replace it")
-
-
-def _prefix(target: Path) -> str:
-    return f".{target.name}.tmp-"
-
-
-def _remove_stale(target: Path) -> None:
-    """Removes what writers of this target left behind when they were killed."""
-    for path in target.parent.glob(_prefix(target) + "*"):
-        pid = path.name.removeprefix(_prefix(target)).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _shards(tensors: Mapping[str, Tensor], max_shard_nbytes: int) -> list[dict[str, Tensor]]:
@@ -157,14 +153,9 @@ def _write_files(
     for name, shard in zip(names, shards, strict=True):
         manifest[name] = _write_shard(folder / name, shard, progress)
     for name, data in sorted(small.items()):
-        if name in manifest or name == MANIFEST_NAME or "/" in name:
-            raise ValueError(
-                f"files: expected a plain name that the container does not use, got {name!r}"
-            )
         _write_synced(folder / name, data)
         manifest[name] = {"nbytes": len(data), "xxh3_64": hash_bytes(data)}
     _write_synced(folder / MANIFEST_NAME, dump_manifest(manifest))
-    _sync_folder(folder)
 
 
 def _write_shard(path: Path, shard: Mapping[str, Tensor], progress: Callable[[int], None]) -> dict:
@@ -196,37 +187,3 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """One rename; afterwards ``temporary`` is gone or holds what ``target`` held before."""
-    if not target.exists():
-        os.rename(temporary, target)
-    elif not _exchange(temporary, target):
-        aside = temporary.with_name(temporary.name + "-old")
-        os.rename(target, aside)
-        os.rename(temporary, target)
-        shutil.rmtree(aside, ignore_errors=True)
-    _sync_folder(target.parent)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swaps two folders atomically with renameat2(2). False where system or file system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        return False
-    paths = (os.fsencode(first), os.fsencode(second))
-    if libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(second))
