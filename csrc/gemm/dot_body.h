@@ -16,7 +16,7 @@ constexpr int64_t kColumnBlock = 4096;  // 8 rows, 32 KiB, stay in the L1 cache 
 constexpr int64_t kShortRow = 8 * Dot::kStep;  // below, lanes are added for kRows rows at a time
 
 // Bytes ahead. Weights from memory, one row after the other and kRows at a time; more was slower.
-constexpr int64_t kPrefetchVector = 2048, kPrefetchRow = 512;
+constexpr int64_t kPrefetchVector = 1536, kPrefetchRow = 512;
 constexpr int64_t kPrefetchPacked = 512 / sizeof(Dot::Packed);  // activations from the L2 cache
 
 // Rows of a power of two would compete for one set of the L1 cache with the rows of weights.

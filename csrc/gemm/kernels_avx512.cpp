@@ -1,6 +1,6 @@
 // AVX-512 VNNI: vpdpbusd multiplies 64 unsigned activations (q + 128) with 64 signed weights into 16 int32 lanes.
 // Registers: 8 rows x 3 tokens of accumulators = 24, 3 of activations, 1 of weights. Limited by the two VNNI ports for
-// many tokens (337 of 430 GMAC/s in the L2 cache), by memory for one (17.6 of 18.3 GB/s).
+// many tokens (325 of 430 GMAC/s, panel in the L2 cache), by memory for one (17.0 GB/s where a plain read reaches 18.3).
 
 #include "gemm/kernel_table.h"
 
