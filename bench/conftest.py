@@ -1,15 +1,19 @@
-"""What all benchmarks share: settings, data that comes from memory and not from the cache, and the tables at the end.
+"""What all benchmarks share: settings, a machine that is watched, and the tables at the end.
 
 DCEXT_BENCH_SMOKE=1       tiny sizes and one round: checks that everything runs; its figures mean nothing
 DCEXT_BENCH_OUTPUT=DIR    also write the figures as JSON
+DCEXT_BENCH_PATIENCE=S    seconds in all to wait for other processes to leave the machine alone (default 60)
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
+import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +25,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "third_party"))
 
-from hardware import hardware
+from hardware import ROOT, hardware
 
 SMOKE = os.environ.get("DCEXT_BENCH_SMOKE") == "1"
+OUTPUT = os.environ.get("DCEXT_BENCH_OUTPUT")
+BUSY = 0.05  # share of all CPU time, taken by others, from which a row is marked
+
+# A ratio that a benchmark file wants shown by itself: what, in which case, the ratio, the least that is wanted (or 0).
+Figure = tuple[str, str, float, float]
+Tables = dict[str, dict[str, list[dict[str, Any]]]]
+patience = [float(os.environ.get("DCEXT_BENCH_PATIENCE", "60"))]
 
 
 def gaussian(rows: int, cols: int, sigma: float, seed: int) -> torch.Tensor:
@@ -31,6 +42,40 @@ def gaussian(rows: int, cols: int, sigma: float, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, cols, generator=generator) * sigma
     return noise.round_().clamp_(-127, 127).to(torch.int8)
+
+
+class Watch:
+    """The share of the machine's CPU time that other processes took since its creation; 0 where unknown."""
+
+    def __init__(self) -> None:
+        self.before = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Seconds since boot of all CPUs: passed and not idle; and those of this process."""
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        try:
+            fields = [int(f) for f in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        except (OSError, ValueError):
+            return 0.0, 0.0, 0.0
+        tick = os.sysconf("SC_CLK_TCK")
+        idle = fields[3] + fields[4]
+        return sum(fields) / tick, (sum(fields) - idle) / tick, own.ru_utime + own.ru_stime
+
+    def others(self) -> float:
+        passed, busy, own = (b - a for a, b in zip(self.before, self._read(), strict=True))
+        return max(0.0, busy - own) / passed if passed > 0.1 else 0.0  # ticks are coarse
+
+
+def wait_until_quiet() -> None:
+    """Returns when others let the CPUs idle, or when the patience of this run is used up."""
+    while not SMOKE and patience[0] > 0:
+        watch, start = Watch(), time.perf_counter()
+        time.sleep(0.1)
+        if watch.others() < BUSY:
+            return
+        time.sleep(0.4)
+        patience[0] -= time.perf_counter() - start
 
 
 class Timer:
@@ -46,20 +91,33 @@ class Timer:
         row: str,
         functions: list[Callable[[], Any]],
         nbytes: int,
+        rounds: int = 16,
         **extra: Any,
     ) -> None:
-        """Each round calls the next function of the rotation. `nbytes`: decoded bytes, or weights, per call."""
+        """Each round calls the next function of the rotation, every one at least once.
+
+        Args:
+            question: heading of the table.
+            case: part of the table; ratios are to its first row.
+            row: what is timed.
+            functions: the rotation.
+            nbytes: decoded bytes, or weights, per call.
+            rounds: calls that are timed, at least.
+            **extra: goes into the JSON; `bits` into the table too.
+        """
         state = {"next": 0}
 
         def rotate() -> None:
             functions[state["next"] % len(functions)]()
             state["next"] += 1
 
-        rounds = 1 if SMOKE else max(16, len(functions))
-        self.benchmark.extra_info.update(
-            question=question, case=case, row=row, nbytes=nbytes, **extra
-        )
+        rounds = 1 if SMOKE else max(rounds, len(functions))
+        wait_until_quiet()
+        watch = Watch()
         self.benchmark.pedantic(rotate, rounds=rounds, warmup_rounds=0 if SMOKE else 3)
+        self.benchmark.extra_info.update(
+            question=question, case=case, row=row, nbytes=nbytes, others=watch.others(), **extra
+        )
 
 
 @pytest.fixture
@@ -82,9 +140,24 @@ def threads(request: pytest.FixtureRequest) -> Any:
     dcext.set_num_threads(before[1])
 
 
-def collect(session: Any) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def count_threads(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Rows of one case run one after the other, so that a change of the machine's speed meets all of them."""
+    config.bench_modules = list({item.module.__name__: item.module for item in items}.values())
+
+    def case_of(item: Any) -> list[int]:
+        indices = item.callspec.indices if hasattr(item, "callspec") else {}
+        return [indices.get(name, 0) for name in getattr(item.module, "CASE_FIXTURES", ())]
+
+    items.sort(key=lambda item: (str(item.path), case_of(item)))
+
+
+def collect(session: Any) -> Tables:
     """Question -> case -> rows, in the order in which they ran."""
-    tables: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    tables: Tables = defaultdict(lambda: defaultdict(list))
     for bench in session.benchmarks:
         info = dict(bench.extra_info)
         times = sorted(bench.stats.data)
@@ -95,34 +168,79 @@ def collect(session: Any) -> dict[str, dict[str, list[dict[str, Any]]]]:
             "median_s": median,
             "p20_s": cut[0],
             "p80_s": cut[-1],
+            "rounds": len(times),
             "gbps": info.pop("nbytes") / median / 1e9,
         }
-        tables[info.pop("question")][info.pop("case")].append({**row, **info})
+        rows = tables[info.pop("question")][info.pop("case")]
+        rows.append({**row, **info})
+        rows[-1]["ratio"] = rows[0]["median_s"] / median
     return tables
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+def speed_ratio(rows: list[dict[str, Any]], row: str, baseline: str) -> float | None:
+    """How many times as fast as `baseline` a row is; None if one of them was not run."""
+    medians = {r["row"]: r["median_s"] for r in rows}
+    return medians[baseline] / medians[row] if {row, baseline} <= medians.keys() else None
+
+
+def show(write: Callable[[str], None], tables: Tables) -> None:
     """One aligned table per question; ratios are speeds over the first row of each case."""
-    session = getattr(config, "_benchmarksession", None)
-    if session is None or not session.benchmarks:
-        return
-    tables = collect(session)
-    write = terminalreporter.write_line
     for question, cases in tables.items():
         write(f"\n{question}")
         for case, rows in cases.items():
             write(f"  {case}")
             for row in rows:
                 bits = f"{row['bits']:6.3f} bits" if "bits" in row else " " * 11
+                mark = f"  others {row['others']:.0%}" if row["others"] >= BUSY else ""
                 write(
-                    f"    {row['row']:44s} {bits}  p50 {row['median_s'] * 1e3:9.3f} ms "
+                    f"    {row['row']:52s} {bits}  p50 {row['median_s'] * 1e3:9.3f} ms "
                     f"[{row['p20_s'] * 1e3:9.3f}, {row['p80_s'] * 1e3:9.3f}]  {row['gbps']:7.2f} G/s  "
-                    f"{rows[0]['median_s'] / row['median_s']:6.2f} x"
+                    f"{row['ratio']:6.2f} x{mark}"
                 )
-    write(f"\n{hardware()['line']}")
-    output = os.environ.get("DCEXT_BENCH_OUTPUT")
-    if output and not SMOKE:
+
+
+def changed_files() -> list[str]:
+    """What differs from the commit that the hardware line names."""
+    command = ["git", "status", "--porcelain", "--", "csrc", "dcext", "setup.py", "bench/*.py"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return [line[3:] for line in result.stdout.splitlines()]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+    """The tables, the figures that a file singles out, the hardware line; and the JSON."""
+    session = getattr(config, "_benchmarksession", None)
+    if session is None or not session.benchmarks:
+        return
+    tables = collect(session)
+    write = terminalreporter.write_line
+    show(write, tables)
+    figures: list[Figure] = []
+    for module in getattr(config, "bench_modules", []):
+        figures += getattr(module, "figures", lambda _: [])(tables)
+    write("\nratios of speeds")
+    for what, case, ratio, wanted in figures:
+        least = f"  wanted {wanted:.2f}" if wanted and not SMOKE else ""
+        verdict = "  missed" if least and ratio < wanted else ""
+        rows = [row for cases in tables.values() for row in cases.get(case, [])]
+        shared = "  beside other processes" if any(r["others"] >= BUSY for r in rows) else ""
+        write(f"    {what:36s} {case:36s} {ratio:6.2f} x{least}{verdict}{shared}")
+    machine, changed = hardware(), changed_files()
+    write(f"\n{machine['line']}{' with uncommitted changes' if changed else ''}")
+    busy = sum(
+        row["others"] >= BUSY for cases in tables.values() for r in cases.values() for row in r
+    )
+    if busy and not SMOKE:
+        write(
+            f"{busy} rows ran while other processes took {BUSY:.0%} or more of the CPUs: see `others`"
+        )
+    if OUTPUT and not SMOKE:
         name = Path(session.benchmarks[0].fullname.partition("::")[0]).stem.removeprefix("bench_")
-        report = {"kind": "measured", "hardware": hardware(), "tables": tables}
-        Path(output).mkdir(parents=True, exist_ok=True)
-        (Path(output) / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        keys = ("what", "case", "ratio", "wanted")
+        report = {
+            "kind": "measured",
+            "hardware": {**machine, "uncommitted": changed},
+            "figures": [dict(zip(keys, figure, strict=True)) for figure in figures],
+            "tables": tables,
+        }
+        Path(OUTPUT).mkdir(parents=True, exist_ok=True)
+        (Path(OUTPUT) / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
