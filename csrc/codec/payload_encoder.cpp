@@ -214,7 +214,6 @@ Status choose_codec(const int8_t* qweight, int64_t rows, int64_t cols, Executor&
 
 PayloadLayout plan_layout(int64_t rows, int64_t cols, int64_t slab_cols,
                           const CodecChoice& choice) {
-  constexpr int64_t kSmallMatrix = int64_t{2} << 20, kSmallTile = int64_t{128} << 10;
   constexpr int64_t kTile = int64_t{256} << 10, kRowMultiple = 16;
   PayloadLayout layout;
   layout.codec = choice.codec;
@@ -222,8 +221,7 @@ PayloadLayout plan_layout(int64_t rows, int64_t cols, int64_t slab_cols,
   layout.rows = rows;
   layout.cols = cols;
   layout.slab_cols = std::min({slab_cols == 0 ? cols : slab_cols, cols, kMaxTileWeights});
-  const int64_t target = rows * cols < kSmallMatrix ? kSmallTile : kTile;
-  const int64_t most_rows = std::clamp<int64_t>(target / layout.slab_cols, 1, rows);
+  const int64_t most_rows = std::clamp<int64_t>(kTile / layout.slab_cols, 1, rows);
   const int64_t panels = ceil_div(rows, most_rows);
   int64_t panel_rows = ceil_div(rows, panels);
   if (panel_rows > kRowMultiple) panel_rows = align_up(panel_rows, kRowMultiple);

@@ -23,8 +23,8 @@ struct CodecChoice {
 Status choose_codec(const int8_t* qweight, int64_t rows, int64_t cols, Executor& executor,
                     CodecChoice* choice);
 
-/** The grid of tiles for a matrix: panels of about 256 KiB (128 KiB for matrices below 2 MiB, so that two threads
- *  find work), of equal height where possible, a multiple of 16 rows.
+/** The grid of tiles for a matrix: panels of at most about 256 KiB, two blocks of zstd of which the second reuses the
+ *  Huffman table of the first; of equal height where possible, a multiple of 16 rows.
  *  @param slab_cols   columns of a tile; 0 = all of them, so that a tile is one contiguous piece of the matrix. */
 PayloadLayout plan_layout(int64_t rows, int64_t cols, int64_t slab_cols, const CodecChoice& choice);
 
