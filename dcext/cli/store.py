@@ -57,7 +57,10 @@ def compress(
     weights = sum(module.weight.numel() for module in compressible_modules(float_model).values())
     with byte_progress("compressing", weights) as advance:
         dcext.compress_(float_model, config, progress=lambda name, count: advance(count))
-    total = sum(tensor.nbytes for tensor in float_model.state_dict().values())
+    tensors = float_model.state_dict().values()
+    total = sum(
+        {tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()
+    )  # shared ones once
     with byte_progress("writing", total) as advance:
         dcext.save_pretrained(
             float_model,
