@@ -2,6 +2,7 @@
 
 #include "ops_common.h"
 #include "ops_layers.h"
+#include "ops_quantize.h"
 
 namespace dcext {
 namespace {
@@ -36,6 +37,9 @@ TORCH_LIBRARY(dcext, m) {
   m.def(
       "dequantize(Tensor acc, Tensor row_scale, Tensor act_scale, Tensor? bias, "
       "ScalarType dtype) -> Tensor");
+  m.def(
+      "round_columns_(Tensor weight, Tensor(a!) target, Tensor feedback, Tensor step, Tensor pull, "
+      "Tensor(b!) q, Tensor(c!) error) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(dcext, CPU, m) {
@@ -45,4 +49,5 @@ TORCH_LIBRARY_IMPL(dcext, CPU, m) {
   m.impl("embedding", &dcext::embedding);
   m.impl("quantize_activations", &dcext::quantize_activations);
   m.impl("dequantize", &dcext::dequantize);
+  m.impl("round_columns_", &dcext::round_columns_op);
 }

@@ -1,0 +1,48 @@
+#include "ops_quantize.h"
+
+#include "ops_common.h"
+#include "quantize/round_columns.h"
+#include "torch_executor.h"
+
+namespace dcext {
+namespace {
+
+constexpr const char* kOp = "dcext::round_columns_";
+
+void check_matrix(const char* argument, const at::Tensor& matrix, int64_t rows, int64_t cols,
+                  at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(matrix.scalar_type() == dtype, kOp, ": ", argument, ": expected ", dtype,
+                   ", got ", matrix.scalar_type());
+  TORCH_CHECK_VALUE(matrix.is_cpu() && matrix.is_contiguous() && matrix.dim() == 2 &&
+                        matrix.size(0) == rows && matrix.size(1) == cols,
+                    kOp, ": ", argument, ": expected a contiguous CPU tensor of shape [", rows,
+                    ", ", cols, "], got shape ", matrix.sizes(), " on ", matrix.device());
+}
+
+}  // namespace
+
+void round_columns_op(const at::Tensor& weight, at::Tensor target, const at::Tensor& feedback,
+                      const at::Tensor& step, const at::Tensor& pull, at::Tensor q,
+                      at::Tensor error) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, kOp, ": weight: expected 2 dimensions, got ", weight.dim());
+  const int64_t cols = weight.size(0), rows = weight.size(1);
+  check_matrix("weight", weight, cols, rows, at::kFloat);
+  check_matrix("target", target, cols, rows, at::kFloat);
+  check_matrix("feedback", feedback, cols, cols, at::kFloat);
+  check_matrix("q", q, cols, rows, at::kChar);
+  check_matrix("error", error, cols, rows, at::kFloat);
+  RoundColumns call{};
+  call.rows = rows;
+  call.cols = cols;
+  call.weight = weight.const_data_ptr<float>();
+  call.target = target.mutable_data_ptr<float>();
+  call.feedback = feedback.const_data_ptr<float>();
+  call.step = vector_data(kOp, "step", step, cols, at::kCPU);
+  call.pull = vector_data(kOp, "pull", pull, kNumLevels, at::kCPU);
+  call.q = q.mutable_data_ptr<int8_t>();
+  call.error = error.mutable_data_ptr<float>();
+  TorchExecutor executor;
+  round_columns(call, executor);
+}
+
+}  // namespace dcext

@@ -1,0 +1,12 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace dcext {
+
+/** The operator `round_columns_`; dcext/ops.py documents shapes, dtypes and errors. */
+void round_columns_op(const at::Tensor& weight, at::Tensor target, const at::Tensor& feedback,
+                      const at::Tensor& step, const at::Tensor& pull, at::Tensor q,
+                      at::Tensor error);
+
+}  // namespace dcext

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cstdint>
+
+#include "base/parallel.h"
+
+namespace dcext {
+
+/** Longest code-length table: |q| of 0 to 127. */
+constexpr int64_t kNumLevels = 128;
+
+/** A block of columns to round one after the other, from the last to the first, each corrected by the errors of those
+ *  behind it. Matrices are column-major (`rows` contiguous values per column), so that rows are SIMD lanes. */
+struct RoundColumns {
+  int64_t rows;
+  int64_t cols;
+  const float* weight;    ///< (cols, rows): what the errors are taken against
+  float* target;          ///< (cols, rows): weight corrected by the columns behind this block; destroyed
+  const float* feedback;  ///< (cols, cols) row-major: target[i] += error[k] * feedback[k, i] for i < k
+  const float* step;      ///< (cols,), positive
+  const float* pull;      ///< (kNumLevels,): a magnitude between level - 1 and level rounds down below the middle plus this
+  int8_t* q;              ///< (cols, rows): receives the integers, in [-127, 127]
+  float* error;           ///< (cols, rows): receives weight - q * step
+};
+
+/** Rounds the block. Rows do not depend on each other and float operations have one order: the same bits for every
+ *  number of threads and instruction set. Allocates nothing and cannot fail; what is not finite becomes some integer. */
+void round_columns(const RoundColumns& call, Executor& executor);
+
+}  // namespace dcext
