@@ -18,7 +18,7 @@ BUILD_KEY := $(TORCH) $(DCEXT_CUDA) $(DCEXT_ZSTD_DIR) $(DCEXT_XXHASH_DIR) $(TORC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest lint format build bench clean distclean
+.PHONY: help demo test pytest lint format build bench quality zeroshot clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "%-10s %s\n", $$1, $$2}'
@@ -55,13 +55,20 @@ bench: build  ## all benchmarks, with their hardware line
 	    --benchmark-enable --benchmark-disable-gc --benchmark-quiet $$script || exit 1; \
 	done
 
+quality: build  ## perplexity and divergence over bits per weight, beside peers (hours on two cores)
+	@$(PY) bench/quality/run.py
+
+zeroshot: build  ## multiple-choice accuracy of float, int8, paper and rate (an hour on two cores)
+	@$(PIP) -c $(VENV)/constraints.txt '.[zeroshot]'
+	@$(PY) bench/zeroshot.py --recipes
+
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info dcext/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	rm -f $(VENV)/stamp-dev
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## and the environment; downloads stay in the cache
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-peers
 
 ifneq ($(origin TORCH),file)
 .PHONY: $(VENV)/stamp-env

@@ -7,9 +7,11 @@ from typing import Any
 
 from dcext.codec import CODECS
 
-RECIPES = ("int8",)
+RECIPES = ("rate", "paper", "data-free", "int8")
 GRANULARITIES = ("row", "tensor")
 ACTIVATIONS = ("int8", "none")
+DEFAULT_RATIO = 2.2
+CALIBRATED = ("rate", "paper")
 
 
 @dataclass(frozen=True)
@@ -17,23 +19,42 @@ class CompressionConfig:
     """The choices of ``compress_`` and of ``dcext compress``.
 
     Attributes:
-        recipe: how weights become integers. ``"int8"``: rounded to nearest, absmax scales.
-        granularity: scale per output ``"row"`` (most accurate) or one per ``"tensor"`` (compresses much better).
+        recipe: how the weights of linear layers become integers. ``"rate"``: steps and rounding of least loss at a given
+            size, needs calibration text; ``"data-free"``: row-wise steps at a given size, needs none; ``"paper"``:
+            scaling by activations, INT8 per tensor, pruning (arXiv:2502.15443); ``"int8"``: rounded to nearest, absmax
+            scales. Embeddings, and ``lm_head``, are INT8 per row (with ``"int8"``: of its granularity).
+        target_bits: of ``"rate"`` and ``"data-free"``: stored bits per weight of the layers that they quantize, every
+            byte counted.
+        target_ratio: the same as a ratio over INT8, ``8 / target_bits``. Where no target is given, 2.2.
+        target_nbytes: the same as a size of all tensors of the model.
+        alpha: of ``"paper"``: exponent of the scaling, or ``"model"`` or ``"layer"`` to search 0, 0.1 .. 1.
+        sparsity: of ``"paper"``: share of the weights that are zero after pruning.
+        granularity: of ``"int8"``: a scale per output ``"row"`` (most accurate) or per ``"tensor"`` (compresses much
+            better). Of ``"paper"``: what the sparsity is a share of.
         codec: ``"auto"``, ``"raw"`` or ``"zstd"``; see ``dcext.encode``.
         level: Zstandard level 1 to 22, or None for literals only.
         activations: ``"int8"`` quantizes each token dynamically (W8A8), ``"none"`` keeps them (W8A16).
+        seed: of what recipe ``"rate"`` draws.
 
     Raises:
-        ValueError: a choice that does not exist.
+        ValueError: a choice that does not exist, or more than one target.
     """
 
-    recipe: str = "int8"
-    granularity: str = "row"
+    recipe: str = "rate"
+    target_bits: float | None = None
+    target_ratio: float | None = None
+    target_nbytes: int | None = None
+    alpha: float | str = "model"
+    sparsity: float = 0.0
+    granularity: str | None = None
     codec: str = "auto"
     level: int | None = None
     activations: str = "int8"
+    seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.granularity is None:
+            object.__setattr__(self, "granularity", "tensor" if self.recipe == "paper" else "row")
         for field, known in (
             ("recipe", RECIPES),
             ("granularity", GRANULARITIES),
@@ -49,6 +70,49 @@ class CompressionConfig:
                 "CompressionConfig: level: expected None, or 1..22 with codec 'zstd', "
                 f"got {self.level} with codec {self.codec!r}"
             )
+        self._check_target()
+        self._check_paper()
+
+    def _check_target(self) -> None:
+        targets = {
+            name: getattr(self, name)
+            for name in ("target_bits", "target_ratio", "target_nbytes")
+            if getattr(self, name) is not None
+        }
+        if targets and self.recipe not in ("rate", "data-free"):
+            raise ValueError(
+                f"CompressionConfig: {next(iter(targets))}: expected recipe 'rate' or 'data-free', got {self.recipe!r}"
+            )
+        if len(targets) > 1 or any(not value > 0 for value in targets.values()):
+            raise ValueError(
+                f"CompressionConfig: target: expected one of bits, ratio and nbytes, positive, got {targets}"
+            )
+
+    def _check_paper(self) -> None:
+        if self.recipe != "paper" and (self.alpha != "model" or self.sparsity != 0):
+            raise ValueError(
+                f"CompressionConfig: alpha, sparsity: expected recipe 'paper', got {self.recipe!r}"
+            )
+        if isinstance(self.alpha, str):
+            if self.alpha not in ("model", "layer"):
+                raise ValueError(
+                    f"CompressionConfig: alpha: expected a number, 'model' or 'layer', got {self.alpha!r}"
+                )
+        elif not 0 <= self.alpha <= 1:
+            raise ValueError(f"CompressionConfig: alpha: expected 0 to 1, got {self.alpha}")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"CompressionConfig: sparsity: expected 0 to 1, got {self.sparsity}")
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight to aim at, from ``target_bits`` or ``target_ratio``.
+
+        Raises:
+            ValueError: the target is a size, which takes a model to become bits.
+        """
+        if self.target_nbytes is not None:
+            raise ValueError("bits: expected target_bits or target_ratio, got target_nbytes")
+        return self.target_bits or 8 / (self.target_ratio or DEFAULT_RATIO)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""

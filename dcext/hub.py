@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from dcext.calibrate.blocks import find_blocks
+from dcext.calibrate.source import BlockSource, ShardSource
 from dcext.format import CheckpointReader
 from dcext.format.manifest import MANIFEST_NAME
 
@@ -35,6 +37,41 @@ def load_float_model(model: str | Path, dtype: str = "auto") -> tuple[nn.Module,
     if dtype != "auto" or "gguf_file" not in arguments:
         arguments["dtype"] = dtype
     return AutoModelForCausalLM.from_pretrained(source, **arguments).eval(), tokenizer
+
+
+def load_lazy_model(folder: str | Path) -> tuple[nn.Module, Any, BlockSource]:
+    """A model whose weights stay in its safetensors files until they are needed, for models larger than memory.
+
+    Args:
+        folder: a Hugging Face folder with safetensors files whose tensors have the names of the model's parameters.
+
+    Returns:
+        The model on the meta device, its tokenizer, and the source of its weights for ``compress_``.
+
+    Raises:
+        FileNotFoundError: no such folder, or no config.json or safetensors file in it.
+        ValueError: a parameter that no file holds.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: expected config.json and safetensors files, found none")
+    config = AutoConfig.from_pretrained(path)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    model.tie_weights()  # meta parameters are made one by one and lose their ties
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    source = ShardSource(model, path, find_blocks(model))
+    return model.eval(), AutoTokenizer.from_pretrained(path), source
+
+
+def weights_nbytes(folder: str | Path) -> int:
+    """Bytes of the safetensors files of a folder; 0 where there are none."""
+    path = Path(folder).expanduser()
+    return sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else 0
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -9,6 +9,7 @@ operator                  computes
 ``decode_out``            a rectangle of ``qweight``, written into ``out``
 ``quantize_activations``  int8 tokens and their scales, as ``linear`` quantizes them; also on CUDA
 ``dequantize``            ``acc * row_scale * act_scale[:, None] + bias``, the end of ``linear``; also on CUDA
+``round_columns_``        a block of columns rounded from last to first with error feedback (``quantize.rate``)
 ========================  ========================================================================================
 
 Shapes: ``x`` (..., in_features) float32, bfloat16 or float16; ``payload`` 1-D uint8; ``row_scale`` (out_features,),
@@ -16,6 +17,12 @@ Shapes: ``x`` (..., in_features) float32, bfloat16 or float16; ``payload`` 1-D u
 CPU. ``activations`` is ``"int8"`` (per-token dynamic quantization, exact int32 sums) or ``"none"`` (float32 sums in a
 fixed order); either way the result does not depend on threads or instruction set. Wrong arguments raise ``ValueError``
 or ``TypeError``; ``linear`` and ``embedding`` trust the checksums that were verified when the payload was loaded.
+
+``round_columns_`` takes its matrices transposed, so that rows of the layer are contiguous: ``weight`` (cols, rows)
+float32; ``target``, the same corrected by the columns behind the block, destroyed; ``feedback`` (cols, cols), whose
+``[k, i]`` says how the error of column k moves the target of column i < k; ``step`` (cols,), positive; ``pull`` (128,),
+by how much a magnitude may lie above the middle between two levels, in steps, and still go to the lower one. It fills
+``q`` (cols, rows) int8 in [-127, 127] and ``error = weight - q * step``.
 """
 
 from __future__ import annotations
@@ -80,3 +87,16 @@ def _(
     acc: Tensor, row_scale: Tensor, act_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     return acc.new_empty(acc.shape, dtype=dtype)
+
+
+@torch.library.register_fake("dcext::round_columns_")
+def _(
+    weight: Tensor,
+    target: Tensor,
+    feedback: Tensor,
+    step: Tensor,
+    pull: Tensor,
+    q: Tensor,
+    error: Tensor,
+) -> None:
+    return None

@@ -18,9 +18,11 @@ from dcext.errors import FormatError
 from dcext.format import CheckpointReader, write_checkpoint
 from dcext.format.manifest import FORMAT_VERSION, parse_json_object
 from dcext.nn import DCEmbedding, DCLinear
-from dcext.nn.compressed import CompressedModule, to_weight_memory
+from dcext.nn.compressed import CompressedModule, storage_form, to_weight_memory
 
 QUANT_METHOD = "dcext"
+REPORT_NAME = "compression_report.json"
+SIDE_NBYTES_PER_TENSOR = 900  # of a float tensor that becomes three: headers, hashes, its row in the report
 
 
 def save_pretrained(
@@ -62,6 +64,7 @@ def save_pretrained(
             name: m.activations for name, m in modules.items() if isinstance(m, DCLinear)
         },
         "tied": tied,
+        "shared": _shared_scales(modules, tied),
         "config": None if config is None else config.to_dict(),
     }
     files = _side_files(model, tokenizer)
@@ -69,6 +72,8 @@ def save_pretrained(
     model_config["architectures"] = [type(model).__name__]
     model_config["quantization_config"] = quantization
     files["config.json"] = (json.dumps(model_config, indent=2, sort_keys=True) + "\n").encode()
+    if hasattr(model, "dcext_report"):
+        files[REPORT_NAME] = (json.dumps(model.dcext_report.to_dict(), indent=1) + "\n").encode()
     write_checkpoint(
         directory,
         _tensors(model, tied),
@@ -133,6 +138,20 @@ def _tied_modules(modules: Mapping[str, CompressedModule]) -> dict[str, str]:
     return tied
 
 
+def _shared_scales(
+    modules: Mapping[str, CompressedModule], tied: Mapping[str, str]
+) -> dict[str, str]:
+    """Layers that share the ``col_scale`` of an earlier one, and which: those that read the same input do."""
+    first: dict[int, str] = {}
+    shared = {}
+    for name, module in modules.items():
+        if module.col_scale is not None and name not in tied:
+            owner = first.setdefault(id(module.col_scale), name)
+            if owner != name:
+                shared[name] = owner
+    return shared
+
+
 def _tensors(model: nn.Module, tied: Mapping[str, str]) -> dict[str, Tensor]:
     """The state dict without what is stored under another name already."""
     tensors: dict[str, Tensor] = {}
@@ -146,10 +165,16 @@ def _tensors(model: nn.Module, tied: Mapping[str, str]) -> dict[str, Tensor]:
             continue
         seen.add(id(tensor))
         tensor = tensor.detach()
-        if leaf == "row_scale" and module in compressed and bool((tensor == tensor[0]).all()):
-            tensor = tensor[:1]  # one scale for the whole tensor is stored once
+        if leaf in ("row_scale", "col_scale") and module in compressed:
+            tensor = storage_form(tensor)
         tensors[name] = tensor
     return tensors
+
+
+def side_nbytes(model: Any, tokenizer: Any) -> int:
+    """About how many bytes a checkpoint takes beside its tensors: config, tokenizer, manifest, headers."""
+    files = sum(len(data) for data in _side_files(model, tokenizer).values())
+    return files + SIDE_NBYTES_PER_TENSOR * len(model.state_dict())
 
 
 def _side_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
@@ -198,12 +223,14 @@ class _Loader:
         self.quantization = quantization
         self.progress = progress
         self.used: set[str] = set()
+        self.col_scales: dict[str, Tensor] = {}
 
     def load_into(self, model: nn.Module) -> None:
         compressed = [
             key.removesuffix(".payload") for key in self.reader.names() if key.endswith(".payload")
         ]
-        for name in compressed:
+        shared = self.quantization.get("shared", {})
+        for name in sorted(compressed, key=lambda name: name in shared):  # owners first
             self.replace(model, name, self.compressed_module(model, name))
         for name, owner in self.quantization.get("tied", {}).items():
             self.replace(model, name, self.tied_module(model, name, owner))
@@ -242,13 +269,31 @@ class _Loader:
     def build(
         self, name: str, original: nn.Linear | nn.Embedding, payload: Tensor, row_scale: Tensor
     ) -> CompressedModule:
-        col_scale = self.optional(f"{name}.col_scale")
+        col_scale = self.col_scale(name, payload_info(payload)["shape"][1])
         dtype = original.weight.dtype
         if isinstance(original, nn.Embedding):
             return DCEmbedding(payload, row_scale, col_scale, dtype, original.padding_idx)
         bias = None if original.bias is None else self.tensor(f"{name}.bias")
         activations = self.quantization.get("activations", {}).get(name, "int8")
-        return DCLinear(payload, row_scale, col_scale, bias, activations, dtype)
+        index = self.optional(f"{name}.outlier_index")
+        outliers = None if index is None else (index, self.tensor(f"{name}.outlier_weight"))
+        return DCLinear(payload, row_scale, col_scale, bias, activations, dtype, outliers)
+
+    def col_scale(self, name: str, in_features: int) -> Tensor | None:
+        """A layer's own, widened to float32, or the tensor of the layer that it shares it with."""
+        owner = self.quantization.get("shared", {}).get(name)
+        if owner is not None:
+            if owner not in self.col_scales:
+                raise FormatError(
+                    f"config.json: shared: {name!r}: expected {owner!r} to have a col_scale, found none"
+                )
+            return self.col_scales[owner]
+        stored = self.optional(f"{name}.col_scale")
+        if stored is None:
+            return None
+        size = in_features if stored.shape == (1,) else stored.shape[0]
+        self.col_scales[name] = stored.expand(size).float().contiguous()
+        return self.col_scales[name]
 
     def tied_module(self, model: nn.Module, name: str, owner: str) -> CompressedModule:
         source = model.get_submodule(owner)

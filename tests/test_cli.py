@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(root / "float")
     tiny_llama().save_pretrained(root / "float")
     (root / "text.txt").write_text(TEXT)
-    report = run_json("compress", root / "float", "-o", root / "out", "--codec", "zstd")
+    report = run_json("compress", root / "float", "-o", root / "out", "--recipe", "int8", "--codec", "zstd")
     assert report["output"] == str(root / "out")
     assert report["ratio"] > 0
     return root
@@ -138,16 +138,16 @@ def test_the_example_of_the_readme(folders, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (("verify", "/nowhere"), "/nowhere: expected a folder"),
-        (("compress", "./nowhere", "-o", "{root}/x"), "expected a model folder or a .gguf file"),
-        (("compress", "{root}/out", "-o", "{root}/x"), "compressed already"),
-        (("compress", "{root}/float", "-o", "{root}/out"), "pass overwrite"),
-        (("compress", "{root}/float", "-o", "{root}/float", "--overwrite"), "not dcext's"),
+        (("compress", "./nowhere", "-o", "{root}/x", "--recipe", "int8"), "expected a model folder or a .gguf file"),
+        (("compress", "{root}/out", "-o", "{root}/x", "--recipe", "int8"), "compressed already"),
+        (("compress", "{root}/float", "-o", "{root}/out", "--recipe", "int8"), "pass overwrite"),
+        (("compress", "{root}/float", "-o", "{root}/float", "--recipe", "int8", "--overwrite"), "not dcext's"),
         (
-            ("compress", "{root}/float", "-o", "{root}/x", "--codec", "lz4"),
+            ("compress", "{root}/float", "-o", "{root}/x", "--recipe", "int8", "--codec", "lz4"),
             "codec: expected 'auto'",
         ),
         (
-            ("compress", "{root}/float", "-o", "{root}/x", "--dtype", "int4"),
+            ("compress", "{root}/float", "-o", "{root}/x", "--recipe", "int8", "--dtype", "int4"),
             "--dtype: expected one of",
         ),
         (("inspect", "{root}/float"), "expected the manifest"),
@@ -192,12 +192,12 @@ def test_the_real_model(smollm2_gguf, evaluation_text, tmp_path):
     """Compressed by the command, it says what raw INT8 says, bit for bit, and is close to the float model."""
     from dcext.hub import load_float_model
 
-    run("compress", smollm2_gguf, "-o", tmp_path / "out")
+    run("compress", smollm2_gguf, "-o", tmp_path / "out", "--recipe", "int8")
     model, tokenizer = load_float_model(smollm2_gguf)
     text = evaluation_text.read_text(encoding="utf-8")[:8000]
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids)[:1024]
     reference = perplexity(model, ids).perplexity
-    raw = dcext.compress_(model, dcext.CompressionConfig(codec="raw"))
+    raw = dcext.compress_(model, dcext.CompressionConfig(recipe="int8", codec="raw"))
     compressed = dcext.from_pretrained(tmp_path / "out")
     with torch.inference_mode():
         assert torch.equal(compressed(ids[None, :64]).logits, raw(ids[None, :64]).logits)

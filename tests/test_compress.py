@@ -34,6 +34,10 @@ def tiny_llama(**changes) -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+INT8 = dcext.CompressionConfig(recipe="int8")
+INT8_ZSTD = dcext.CompressionConfig(recipe="int8", codec="zstd")
+
+
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.arange(40).reshape(2, 20) % 256).logits
@@ -42,7 +46,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "out"
-    model = dcext.compress_(tiny_llama(), dcext.CompressionConfig(codec="zstd"))
+    model = dcext.compress_(tiny_llama(), INT8_ZSTD)
     dcext.save_pretrained(model, folder)
     return folder, logits(model)
 
@@ -57,18 +61,19 @@ def copied(checkpoint, tmp_path):
 def test_every_linear_layer_and_embedding_is_replaced():
     model = tiny_llama()
     reference = logits(model)
-    names = []
-    result = dcext.compress_(model, progress=lambda name, weights: names.append((name, weights)))
+    shares = {}
+    result = dcext.compress_(model, INT8, progress=shares.__setitem__)
     assert result is model
     assert not any(isinstance(m, (nn.Linear, nn.Embedding)) for m in model.modules())
-    assert {name for name, _ in names} == set(compressed_modules(model))
+    assert set(shares) == set(compressed_modules(model))
+    assert sum(shares.values()) == pytest.approx(1)
     assert model.lm_head.payload is model.model.embed_tokens.payload
     assert (logits(model) - reference).abs().max() < 0.05 * reference.abs().max() + 0.02
 
 
 def test_codec_does_not_change_a_bit():
     outputs = [
-        logits(dcext.compress_(tiny_llama(), dcext.CompressionConfig(codec=codec)))
+        logits(dcext.compress_(tiny_llama(), dcext.CompressionConfig(recipe="int8", codec=codec)))
         for codec in ("raw", "zstd", "auto")
     ]
     assert torch.equal(outputs[0], outputs[1])
@@ -76,7 +81,7 @@ def test_codec_does_not_change_a_bit():
 
 
 def test_filter():
-    model = dcext.compress_(tiny_llama(), filter_fn=lambda name, module: "mlp" in name)
+    model = dcext.compress_(tiny_llama(), INT8, filter_fn=lambda name, module: "mlp" in name)
     assert len(compressed_modules(model)) == 6
     assert isinstance(model.lm_head, nn.Linear)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -91,14 +96,14 @@ def test_filter():
 )
 def test_filters_that_cannot_be(filter_fn, message):
     with pytest.raises(ValueError, match=message):
-        dcext.compress_(tiny_llama(), filter_fn=filter_fn)
+        dcext.compress_(tiny_llama(), INT8, filter_fn=filter_fn)
 
 
 def test_weights_with_nan_name_their_layer():
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: .*NaN or inf"):
-        dcext.compress_(model)
+        dcext.compress_(model, INT8)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,7 @@ def test_config_refuses_what_does_not_exist(changes):
     ],
 )
 def test_saved_and_loaded_models_agree_bit_for_bit(tmp_path, changes, config):
-    model = dcext.compress_(tiny_llama(**changes), dcext.CompressionConfig(**config))
+    model = dcext.compress_(tiny_llama(**changes), dcext.CompressionConfig(recipe="int8", **config))
     dcext.save_pretrained(model, tmp_path / "out", max_shard_nbytes=30_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     with warnings.catch_warnings():
@@ -138,7 +143,7 @@ def test_saved_and_loaded_models_agree_bit_for_bit(tmp_path, changes, config):
 
 
 def test_partly_compressed_models_keep_their_float_weights(tmp_path):
-    model = dcext.compress_(tiny_llama(), filter_fn=lambda name, module: "mlp" in name)
+    model = dcext.compress_(tiny_llama(), INT8, filter_fn=lambda name, module: "mlp" in name)
     dcext.save_pretrained(model, tmp_path / "out")
     loaded = dcext.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(model))

@@ -15,6 +15,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -51,6 +52,14 @@ def token_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     with _progress(MofNCompleteColumn(), TextColumn("tokens")) as bar:
         task = bar.add_task(label, total=total)
         yield lambda tokens: bar.advance(task, tokens)
+
+
+@contextmanager
+def share_progress(label: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar of all work with time left; yields a function that takes what was done and its share of the whole."""
+    with _progress(TaskProgressColumn(), TextColumn("{task.fields[what]}")) as bar:
+        task = bar.add_task(label, total=1.0, what="")
+        yield lambda what, share: bar.update(task, advance=share, what=what)
 
 
 def _progress(*columns: Any) -> Progress:

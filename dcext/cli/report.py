@@ -34,6 +34,37 @@ def inspect(folder: OutFolder, as_json: JsonOption = False) -> None:
     console().print(f"{summary['nbytes'] / 1e6:.1f} MB on disk", highlight=False)
 
 
+def show_layers(report: Any) -> None:
+    """Prints what compression did to each layer, and what fell short of the recipe."""
+    table = Table(caption="zero: share of integers; pruned: of them, not by rounding to nearest")
+    table.add_column("layer", overflow="fold")
+    for heading in ("bits/weight", "error", "zero", "pruned", "outlier columns"):
+        table.add_column(heading, justify="right")
+    for layer in report.layers:
+        snr = "" if layer.output_snr_db is None else f"{-layer.output_snr_db:.1f} dB"
+        shares = (f"{layer.zero_share:.1%}", f"{layer.pruned_share:.1%}")
+        outliers = str(layer.outlier_columns or "")
+        table.add_row(layer.name, f"{layer.bits_per_weight:.3f}", snr, *shares, outliers)
+    console().print(table)
+    for row in report.alphas:
+        console().print(
+            f"alpha {row['alpha']:.1f}: {row['entropy_bits']:.3f} bits, error {-row['output_snr_db']:.1f} dB, "
+            f"cost {row['cost']:.3f} bits",
+            highlight=False,
+        )
+    for layer in report.layers:
+        if layer.fallback is not None:
+            console().print(f"[yellow]{layer.name}[/]: {layer.fallback}", highlight=False)
+    if report.target_bits is not None:
+        recipe = next(x.recipe for x in report.layers if x.recipe in ("rate", "data-free"))
+        gap = report.waterfilling_gap_bits
+        console().print(
+            f"{recipe}: {report.bits_per_weight(recipe):.3f} bits/weight in linear layers, target "
+            f"{report.target_bits:.3f}" + ("" if gap is None else f", water-filling {-gap:+.2f}"),
+            highlight=False,
+        )
+
+
 def summarize(reader: Any, *, with_entropy: bool = False) -> dict[str, Any]:
     """Sizes of a checkpoint's compressed tensors and their total, JSON-ready.
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from dcext.cli.output import JsonOption, OutFolder, byte_progress, console, print_json
+from dcext.cli.output import (
+    JsonOption,
+    OutFolder,
+    byte_progress,
+    console,
+    print_json,
+    share_progress,
+)
 
 
 def compress(
@@ -19,13 +27,41 @@ def compress(
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
-    recipe: Annotated[str, typer.Option(help="How weights become integers: int8.")] = "int8",
-    granularity: Annotated[
+    recipe: Annotated[
         str,
         typer.Option(
-            help="One scale per output row (most accurate) or per tensor (smaller): row, tensor."
+            help="rate (best, needs --calibration), data-free, paper (needs --calibration), int8."
         ),
-    ] = "row",
+    ] = "rate",
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text like what the model will read; 200 KB or more.")
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Tokens to calibrate on, spread over the text.", min=64)
+    ] = 32768,
+    context: Annotated[int, typer.Option(help="Tokens of a calibration window.", min=8)] = 512,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Stored bits per weight of linear layers (rate, data-free)."),
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="The same as a ratio over INT8; 2.2 unless told otherwise.")
+    ] = None,
+    size_mb: Annotated[
+        float | None, typer.Option(help="The same as the size of the whole folder, in MB (1e6).")
+    ] = None,
+    alpha: Annotated[
+        str, typer.Option(help="Recipe paper: 0 to 1, or model or layer to search for it.")
+    ] = "model",
+    sparsity: Annotated[
+        float, typer.Option(help="Recipe paper: share of weights that become zero.")
+    ] = 0.0,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe int8: one scale per output row (most accurate) or per tensor (smaller)."
+        ),
+    ] = None,
     codec: Annotated[str, typer.Option(help="auto, raw or zstd.")] = "auto",
     level: Annotated[
         int | None, typer.Option(help="Zstandard level 1 to 22; the default codes literals only.")
@@ -33,56 +69,143 @@ def compress(
     activations: Annotated[
         str, typer.Option(help="int8 (quantized per token, W8A8) or none (W8A16).")
     ] = "int8",
+    seed: Annotated[int, typer.Option(help="Of what recipe rate draws.")] = 0,
     dtype: Annotated[
         str, typer.Option(help="Load MODEL in this dtype: auto, float32, bfloat16, float16.")
     ] = "auto",
+    low_memory: Annotated[
+        bool | None,
+        typer.Option(
+            help="Read weights block by block from safetensors; by itself where the model fills half the memory."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also plot bits and error over depth to this PNG.")
+    ] = None,
     max_shard_gb: Annotated[float, typer.Option(help="Size of a shard, in GB (1e9 bytes).")] = 5.0,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compress a model into a folder: all of it, or nothing."""
+    """Compress a model into a folder: all of it, or nothing.
+
+    A calibrated run that is interrupted goes on where it was when the same command is given again.
+    """
     import dcext
-    from dcext.compress import compressible_modules
+    from dcext.calibrate.text import text_windows
     from dcext.format.writer import check_target
-    from dcext.hub import DTYPES, load_float_model
+    from dcext.hub import DTYPES
+    from dcext.pretrained import side_nbytes
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     config = dcext.CompressionConfig(
-        recipe=recipe, granularity=granularity, codec=codec, level=level, activations=activations
+        recipe=recipe,
+        target_bits=bits,
+        target_ratio=ratio,
+        target_nbytes=None if size_mb is None else int(size_mb * 1e6),
+        alpha=alpha if alpha in ("model", "layer") else _number("--alpha", alpha),
+        sparsity=sparsity,
+        granularity=granularity,
+        codec=codec,
+        level=level,
+        activations=activations,
+        seed=seed,
     )
+    _check_calibration(recipe, calibration)
     check_target(output.absolute(), overwrite)
     begin = time.perf_counter()
-    float_model, tokenizer = load_float_model(model, dtype)
-    weights = sum(module.weight.numel() for module in compressible_modules(float_model).values())
-    with byte_progress("compressing", weights) as advance:
-        dcext.compress_(float_model, config, progress=lambda name, count: advance(count))
-    tensors = float_model.state_dict().values()
-    total = sum(
-        {tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()
-    )  # shared ones once
+    float_model, tokenizer, source = _load_float(model, dtype, low_memory)
+    windows = None
+    if calibration is not None:
+        text = calibration.read_text(encoding="utf-8")
+        windows = text_windows(tokenizer, text, tokens=calibration_tokens, context=context)
+    if config.target_nbytes is not None:
+        nbytes = config.target_nbytes - side_nbytes(float_model, tokenizer)
+        config = replace(config, target_nbytes=nbytes)
+    resume = output.absolute().parent / f".{output.name}.dcext-resume"
+    with share_progress("compressing") as advance:
+        dcext.compress_(
+            float_model,
+            config,
+            windows,
+            progress=lambda label, share: advance(label, share),
+            resume_dir=resume,
+            source=source,
+        )
+    _save(float_model, output, tokenizer, config, int(max_shard_gb * 1e9), overwrite)
+    report = float_model.dcext_report
+    if plot is not None:
+        from dcext.plots import plot_compression
+
+        plot_compression(report, plot)
+    _report_compressed(output, report, time.perf_counter() - begin, as_json)
+
+
+def _number(option: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{option}: expected a number, model or layer, got {value!r}") from None
+
+
+def _check_calibration(recipe: str, calibration: Path | None) -> None:
+    from dcext.config import CALIBRATED
+
+    if recipe in CALIBRATED and calibration is None:
+        raise ValueError(
+            f"--calibration: recipe {recipe!r} expects a text file, got none; "
+            "give one, or choose --recipe data-free or int8"
+        )
+    if recipe not in CALIBRATED and calibration is not None:
+        raise ValueError(f"--calibration: recipe {recipe!r} takes none")
+    if calibration is not None and not calibration.is_file():
+        raise FileNotFoundError(f"--calibration: {calibration}: expected a file, found none")
+
+
+def _load_float(model: str, dtype: str, low_memory: bool | None) -> tuple[Any, Any, Any]:
+    import os
+
+    from dcext.hub import load_float_model, load_lazy_model, weights_nbytes
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if low_memory is None:
+        low_memory = dtype == "auto" and weights_nbytes(model) > memory / 2
+    if low_memory:
+        if dtype != "auto":
+            raise ValueError(f"--low-memory: expected --dtype auto, got {dtype!r}")
+        return load_lazy_model(model)
+    return *load_float_model(model, dtype), None
+
+
+def _save(
+    model: Any, output: Path, tokenizer: Any, config: Any, max_shard_nbytes: int, overwrite: bool
+) -> None:
+    import dcext
+
+    tensors = model.state_dict().values()
+    total = sum({t.data_ptr(): t.nbytes for t in tensors}.values())  # shared ones once
     with byte_progress("writing", total) as advance:
         dcext.save_pretrained(
-            float_model,
+            model,
             output,
             tokenizer,
             config=config,
-            max_shard_nbytes=int(max_shard_gb * 1e9),
+            max_shard_nbytes=max_shard_nbytes,
             overwrite=overwrite,
             progress=advance,
         )
-    _report_compressed(output, time.perf_counter() - begin, as_json)
 
 
-def _report_compressed(output: Path, seconds: float, as_json: bool) -> None:
-    from dcext.cli.report import summarize
+def _report_compressed(output: Path, report: Any, seconds: float, as_json: bool) -> None:
+    from dcext.cli.report import summarize, show_layers
     from dcext.format import CheckpointReader
 
     reader = CheckpointReader(output)
     summary = {**summarize(reader), "seconds": seconds, "output": str(output)}
     if as_json:
-        print_json(summary)
+        print_json({**summary, "report": report.to_dict()})
         return
+    show_layers(report)
     console().print(
         f"{output}: {summary['nbytes'] / 1e6:.1f} MB on disk, {summary['bits_per_weight']:.3f} bits/weight, "
         f"ratio {summary['ratio']:.2f} over INT8, {seconds:.1f} s",

@@ -22,13 +22,26 @@ def to_weight_memory(payload: Tensor) -> Tensor:
     return _C.empty_weights(payload.numel()).copy_(payload)
 
 
+def storage_form(scale: Tensor) -> Tensor:
+    """How a checkpoint stores a vector of scales: one number where all are equal, bfloat16 where that loses nothing."""
+    if bool((scale == scale[0]).all()):
+        scale = scale[:1]
+    half = scale.to(torch.bfloat16)
+    return half if torch.equal(half.float(), scale) else scale
+
+
+def stored_scale_nbytes(scale: Tensor) -> int:
+    """Bytes that a vector of scales takes in a checkpoint."""
+    return storage_form(scale).nbytes
+
+
 class CompressedModule(nn.Module):
     """A matrix ``diag(row_scale) @ qweight @ diag(col_scale)`` stored as a payload. Frozen: it has no parameters.
 
     Attributes:
         payload: 1-D uint8, the coded ``qweight``; never modified in place, so modules may share one.
-        row_scale: ``(out_features,)`` float32; given as ``(1,)`` where all rows share one.
-        col_scale: ``(in_features,)`` float32, or None.
+        row_scale: ``(out_features,)`` float32; may be given as ``(1,)`` where all rows share one.
+        col_scale: ``(in_features,)`` float32, or None; likewise.
     """
 
     payload: Tensor
@@ -56,12 +69,14 @@ class CompressedModule(nn.Module):
         self.codec: str = info["codec"]
 
     def _checked(self, name: str, vector: Tensor, size: int) -> Tensor:
-        if name == "row_scale" and vector.shape == (1,):
+        if name.endswith("_scale") and vector.shape == (1,):
             vector = vector.expand(size)
         if vector.shape != (size,):
             kind = type(self).__name__
             raise ValueError(f"{kind}: {name}: expected shape ({size},), got {tuple(vector.shape)}")
-        return vector.detach().float().contiguous()
+        # An unchanged tensor keeps its identity: layers that read the same input share their col_scale.
+        ready = vector.dtype == torch.float32 and vector.is_contiguous() and not vector.requires_grad
+        return vector if ready else vector.detach().float().contiguous()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,8 +90,10 @@ class CompressedModule(nn.Module):
 
     @property
     def stored_nbytes(self) -> int:
-        """Bytes of payload (chunk table and checksums included) and scales."""
-        scales = self.row_scale.nbytes + (0 if self.col_scale is None else self.col_scale.nbytes)
+        """Bytes of payload (chunk table and checksums included) and scales, as a checkpoint stores them."""
+        scales = stored_scale_nbytes(self.row_scale)
+        if self.col_scale is not None:
+            scales += stored_scale_nbytes(self.col_scale)
         return self.payload.nbytes + scales
 
     @property
@@ -101,13 +118,13 @@ class CompressedModule(nn.Module):
         return weight.to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedModule:
-        # Scales keep their float32 whatever the model is cast to; only the empty _compute_dtype follows.
-        def keep_float32(tensor: Tensor) -> Tensor:
+        # Scales and outliers keep their dtypes whatever the model is cast to; only the empty _compute_dtype follows.
+        def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            is_scale = tensor.dtype == torch.float32 and tensor.numel() > 0
-            return tensor.to(moved.device) if is_scale and moved.dtype != torch.float32 else moved
+            keeps = tensor.numel() > 0 and tensor.is_floating_point()
+            return tensor.to(moved.device) if keeps and moved.dtype != tensor.dtype else moved
 
-        super()._apply(keep_float32, recurse)
+        super()._apply(keep_dtype, recurse)
         return self
 
     def _load_from_state_dict(

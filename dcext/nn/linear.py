@@ -14,6 +14,9 @@ from dcext.quantize import quantize_absmax
 class DCLinear(CompressedModule):
     """Drop-in for a frozen ``nn.Linear``: ``y = row_scale * (qweight @ (x * col_scale)) + bias``.
 
+    A few columns whose weights do not fit in int8 may be kept in bfloat16 beside the payload, which has zeros there;
+    their products, ``outlier_weight @ x[outlier_index]``, are float32 sums added to the output.
+
     With ``activations="int8"`` each token is quantized to int8 first (W8A8; int32 sums, exact); with ``"none"`` it is
     not (W8A16; float32 sums in a fixed order). Outputs are the same bits for every codec, number of threads and
     instruction set. Panels of weights are decoded into the L2 cache and multiplied there, so memory carries the stored
@@ -23,6 +26,8 @@ class DCLinear(CompressedModule):
     """
 
     bias: Tensor | None
+    outlier_index: Tensor | None
+    outlier_weight: Tensor | None
 
     def __init__(
         self,
@@ -32,6 +37,7 @@ class DCLinear(CompressedModule):
         bias: Tensor | None = None,
         activations: str = "int8",
         dtype: torch.dtype = torch.float32,
+        outliers: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Takes over an encoded ``qweight``.
 
@@ -42,6 +48,7 @@ class DCLinear(CompressedModule):
             bias: ``(out_features,)`` or None.
             activations: ``"int8"`` or ``"none"``.
             dtype: of the float layer that this one stands for.
+            outliers: ascending column indices ``(n,)`` int32 and their weights ``(out_features, n)`` bfloat16, or None.
 
         Raises:
             FormatError: the payload's header or chunk table is corrupt.
@@ -54,6 +61,25 @@ class DCLinear(CompressedModule):
         self.activations = activations
         bias = None if bias is None else self._checked("bias", bias, self.shape[0])
         self.register_buffer("bias", bias)
+        index, weight = (None, None) if outliers is None else self._checked_outliers(*outliers)
+        self.register_buffer("outlier_index", index)
+        self.register_buffer("outlier_weight", weight)
+
+    def _checked_outliers(self, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        expected = (self.shape[0], index.numel())
+        if index.dim() != 1 or index.dtype != torch.int32 or index.numel() == 0:
+            raise ValueError(
+                f"DCLinear: outlier_index: expected 1-D int32, not empty, got {tuple(index.shape)} {index.dtype}"
+            )
+        if weight.shape != expected or weight.dtype != torch.bfloat16:
+            raise ValueError(
+                f"DCLinear: outlier_weight: expected {expected} bfloat16, got {tuple(weight.shape)} {weight.dtype}"
+            )
+        if index[0] < 0 or index[-1] >= self.shape[1] or bool((index[1:] <= index[:-1]).any()):
+            raise ValueError(
+                f"DCLinear: outlier_index: expected ascending columns in [0, {self.shape[1]}), got others"
+            )
+        return index.contiguous(), weight.detach().contiguous()
 
     @classmethod
     def from_qweight(
@@ -132,9 +158,26 @@ class DCLinear(CompressedModule):
         Returns:
             ``(..., out_features)``, dtype of ``x``. A token with NaN or infinity gives NaN (W8A8).
         """
-        return torch.ops.dcext.linear(
+        y = torch.ops.dcext.linear(
             x, self.payload, self.row_scale, self.col_scale, self.bias, self.activations
         )
+        if self.outlier_index is None or self.outlier_weight is None:
+            return y
+        columns = x.index_select(-1, self.outlier_index).float()
+        return y + (columns @ self.outlier_weight.float().t()).to(y.dtype)
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of payload, scales and outlier columns, as a checkpoint stores them."""
+        outliers = (self.outlier_index, self.outlier_weight)
+        return super().stored_nbytes + sum(t.nbytes for t in outliers if t is not None)
+
+    def dequantize(self) -> Tensor:
+        """The weights that the module stands for: ``(out_features, in_features)`` in ``self.dtype``."""
+        weight = super().dequantize()
+        if self.outlier_index is not None and self.outlier_weight is not None:
+            weight[:, self.outlier_index.long()] = self.outlier_weight.to(weight.dtype)
+        return weight
 
     def extra_repr(self) -> str:
         """As ``nn.Linear``'s, then how the weights are stored."""

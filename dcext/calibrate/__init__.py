@@ -1,0 +1,1 @@
+"""Running calibration text through a model, block by block."""

@@ -1,0 +1,296 @@
+"""The recipes that calibrate, as what happens to one group of layers that read the same input."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dcext.calibrate.sensitivity import Sensitivity
+from dcext.codec import encode, entropy
+from dcext.config import CompressionConfig
+from dcext.nn.compressed import storage_form, to_weight_memory
+from dcext.quantize.control import LayerForecast, RateController
+from dcext.quantize.data_free import round_data_free
+from dcext.quantize.feedback import cholesky_factor
+from dcext.quantize.paper import ALPHAS, alpha_cost, alpha_trial, quantize_paper
+from dcext.quantize.quantized import QuantizedWeight, output_snr_db
+from dcext.quantize.rate import (
+    plan_steps,
+    restore_order,
+    round_to_steps,
+    rounding_order,
+    row_scales,
+    waterfilling_bits,
+)
+from dcext.quantize.report import LayerReport
+from dcext.quantize.rounding import quantize_absmax
+from dcext.quantize.statistics import InputStatistics
+
+SHRINKAGE = 0.1  # of row sensitivities towards their mean
+HEADER_NBYTES = 64 + 64  # of a payload: header, and a chunk's table entry with its padding
+
+
+@dataclass
+class CodedLayer:
+    """A layer's quantized weight with its payload; the integers themselves are dropped."""
+
+    payload: Tensor
+    quantized: QuantizedWeight
+    report: LayerReport
+
+
+def code_layer(
+    name: str,
+    quantized: QuantizedWeight,
+    config: CompressionConfig,
+    recipe: str,
+    *,
+    owns_col_scale: bool = True,
+) -> CodedLayer:
+    """Encodes a quantized matrix and describes the result; error figures are left to the caller."""
+    payload = to_weight_memory(encode(quantized.qweight, config.codec, config.level))
+    stored = payload.nbytes + storage_form(quantized.row_scale).nbytes
+    if quantized.col_scale is not None and owns_col_scale:
+        stored += storage_form(quantized.col_scale).nbytes
+    outliers = 0
+    if quantized.outlier_index is not None and quantized.outlier_weight is not None:
+        outliers = quantized.outlier_index.numel()
+        stored += quantized.outlier_index.nbytes + quantized.outlier_weight.nbytes
+    rows, cols = quantized.qweight.shape
+    report = LayerReport(
+        name,
+        (rows, cols),
+        recipe,
+        stored,
+        entropy(quantized.qweight),
+        zero_share=float((quantized.qweight == 0).float().mean()),
+        outlier_columns=outliers,
+        fallback=quantized.fallback,
+    )
+    return CodedLayer(payload, quantized, report)
+
+
+def pruned_share(weight: Tensor, quantized: QuantizedWeight) -> float:
+    """Share of the weights that are zero though they are at least half a step from it."""
+    steps = quantized.row_scale[:, None]
+    if quantized.col_scale is not None:
+        steps = steps * quantized.col_scale
+    pruned = (quantized.qweight == 0) & (weight.abs() > 0.5 * steps)
+    if quantized.outlier_index is not None:
+        pruned[:, quantized.outlier_index.long()] = False
+    return float(pruned.float().mean())
+
+
+class RateRecipe:
+    """Recipe ``rate``: equal slope over all rows of all layers, column steps from the inputs, error feedback."""
+
+    name = "rate"
+    feeds_back = True  # later layers are calibrated on the outputs of the compressed ones
+
+    def __init__(self, config: CompressionConfig, sensitivity: Sensitivity) -> None:
+        """Makes the forecasts for ``config.target_bits``."""
+        self._config = config
+        self.groups: dict[str, list[str]] | None = {g[0]: g for g in sensitivity.groups}
+        self._rows = {}
+        forecasts = {}
+        for group in sensitivity.groups:
+            for name in group:
+                if name not in sensitivity.samples or name not in sensitivity.output:
+                    continue
+                sample = sensitivity.samples[name]
+                self._rows[name] = row_scales(sensitivity.output[name], SHRINKAGE)
+                rows, cols = sample.shape
+                nbytes = HEADER_NBYTES + 2 * rows + (2 * cols if name == group[0] else 0)
+                normalized = sample.values / self._rows[name][sample.rows]
+                forecasts[name] = LayerForecast(
+                    normalized, rows * cols, 8 * nbytes / (rows * cols)
+                )
+        self._sensitivity = sensitivity.output
+        self._controller = RateController(forecasts, config.bits)
+
+    def quantize_group(
+        self, weights: dict[str, Tensor], statistics: InputStatistics
+    ) -> dict[str, CodedLayer]:
+        """Quantizes and encodes layers that read the same input.
+
+        Args:
+            weights: by layer, ``(N, K)`` float32.
+            statistics: of that input.
+        """
+        reason = _unusable(statistics)
+        if reason is None and not weights.keys() <= self._rows.keys():
+            reason = "no gradient or statistics in the sensitivity pass"
+        if reason is not None:
+            return {name: self.fall_back(name, weight, reason) for name, weight in weights.items()}
+        moment = statistics.second_moment
+        order = rounding_order(moment)
+        factor = cholesky_factor(moment[order][:, order])
+        scale = self._controller.scale()
+        rows = {name: self._rows[name] for name in weights}
+        ordered = {name: weight[:, order] for name, weight in weights.items()}
+        steps = plan_steps(ordered, factor, rows, scale)
+        col_scale = steps.col_scale[order.argsort()]
+        coded = {}
+        for i, (name, weight) in enumerate(weights.items()):
+            quantized = round_to_steps(name, ordered[name], factor, steps)
+            quantized = restore_order(quantized, order, col_scale)
+            if statistics.tokens < weight.shape[1]:
+                quantized.fallback = (
+                    f"second moment of rank {statistics.tokens} at most, for {weight.shape[1]} inputs: "
+                    "damped, give more calibration text"
+                )
+            layer = code_layer(name, quantized, self._config, self.name, owns_col_scale=i == 0)
+            self._describe(layer, weight, moment)
+            self._controller.record(name, scale, layer.report.stored_nbytes)
+            coded[name] = layer
+        return coded
+
+    def _describe(self, layer: CodedLayer, weight: Tensor, moment: Tensor) -> None:
+        approximation = layer.quantized.dequantize()
+        sensitivity = self._sensitivity[layer.report.name]
+        error = weight - approximation
+        row_noise = ((error @ moment.float()) * error).sum(1)
+        distortion = float((row_noise.double() * sensitivity.double()).sum()) / weight.numel()
+        layer.report.output_snr_db = output_snr_db(weight, approximation, moment)
+        layer.report.pruned_share = pruned_share(weight, layer.quantized)
+        layer.report.expected_loss = distortion * weight.numel() / 2
+        layer.report.waterfilling_bits = waterfilling_bits(weight, moment, sensitivity, distortion)
+
+    def fall_back(self, name: str, weight: Tensor, reason: str) -> CodedLayer:
+        """Rounds a layer that calibration says nothing usable about."""
+        coded = fall_back(name, weight, self._config, reason)
+        if name in self._rows:
+            self._controller.skip(name, coded.report.stored_nbytes)
+        return coded
+
+    def state(self) -> dict[str, Any]:
+        """What ``restore`` needs to go on where this recipe is now."""
+        return self._controller.state()
+
+    def restore(self, state: dict[str, Any], done: list[str]) -> None:
+        """Goes on from a ``state`` taken when the layers ``done`` were coded."""
+        self._controller.restore(state, done)
+
+
+class PaperRecipe:
+    """Recipe ``paper``: calibrated on the float model; every layer on its own, or one alpha for the model."""
+
+    name = "paper"
+    feeds_back = False
+    groups: dict[str, list[str]] | None = None  # found while the model runs
+
+    def __init__(self, config: CompressionConfig) -> None:
+        self._config = config
+        self.trials: dict[str, list[dict[str, float]]] = {}
+        self._alpha = config.alpha if isinstance(config.alpha, float) else None
+
+    def try_alphas(self, weights: dict[str, Tensor], statistics: InputStatistics) -> None:
+        """Measures every alpha on layers that read the same input, without quantizing them."""
+        if _unusable(statistics) is not None:
+            return
+        moment = statistics.second_moment
+        for name, weight in weights.items():
+            self.trials[name] = [
+                dict(zip(("alpha", "bits", "error"), (alpha, *trial), strict=True))
+                | {"weights": weight.numel()}
+                for alpha in ALPHAS
+                for trial in [
+                    alpha_trial(weight, statistics.absmax, moment, alpha, self._config.sparsity)
+                ]
+            ]
+
+    def choose_alpha(self) -> None:
+        """Fixes the model's alpha from the trials of all its layers."""
+        table = self.alphas()
+        self._alpha = min(table, key=lambda row: row["cost"])["alpha"]
+
+    def alphas(self) -> list[dict[str, float]]:
+        """For every alpha: bits, error (dB, mean) and cost over the layers tried."""
+        rows = []
+        for i, alpha in enumerate(ALPHAS):
+            trials = [trial[i] for trial in self.trials.values()]
+            total = sum(trial["weights"] for trial in trials)
+            if total == 0:
+                return []
+            bits = sum(t["bits"] * t["weights"] for t in trials) / total
+            log_error = sum(math.log2(max(t["error"], 1e-30)) * t["weights"] for t in trials) / total
+            rows.append(
+                {
+                    "alpha": alpha,
+                    "entropy_bits": bits,
+                    "output_snr_db": -10 * math.log10(2) * log_error,
+                    "cost": alpha_cost(bits, 2**log_error),
+                }
+            )
+        return rows
+
+    def quantize_group(
+        self, weights: dict[str, Tensor], statistics: InputStatistics
+    ) -> dict[str, CodedLayer]:
+        """As ``RateRecipe.quantize_group``."""
+        reason = _unusable(statistics)
+        if reason is not None:
+            return {name: self.fall_back(name, weight, reason) for name, weight in weights.items()}
+        if self._alpha is None:
+            self.try_alphas(weights, statistics)
+        coded = {}
+        shared: dict[float, Tensor | None] = {}
+        for name, weight in weights.items():
+            alpha = self._alpha if self._alpha is not None else self._best_alpha(name)
+            quantized = quantize_paper(
+                weight,
+                statistics.absmax,
+                alpha,
+                self._config.sparsity,
+                self._config.granularity,
+            )
+            owns = alpha not in shared
+            quantized.col_scale = shared.setdefault(alpha, quantized.col_scale)
+            layer = code_layer(name, quantized, self._config, self.name, owns_col_scale=owns)
+            layer.report.alpha = alpha
+            layer.report.pruned_share = pruned_share(weight, quantized)
+            layer.report.output_snr_db = output_snr_db(
+                weight, quantized.dequantize(), statistics.second_moment
+            )
+            coded[name] = layer
+        return coded
+
+    def _best_alpha(self, name: str) -> float:
+        best = min(self.trials[name], key=lambda trial: alpha_cost(trial["bits"], trial["error"]))
+        return best["alpha"]
+
+    def fall_back(self, name: str, weight: Tensor, reason: str) -> CodedLayer:
+        """Rounds a layer that calibration says nothing usable about: INT8 per tensor, alpha 0, not pruned."""
+        qweight, row_scale = quantize_absmax(weight, "tensor")
+        reason = f"{reason}: INT8 per tensor, not scaled or pruned"
+        quantized = QuantizedWeight(qweight, row_scale, fallback=reason)
+        return code_layer(name, quantized, self._config, self.name)
+
+    def state(self) -> dict[str, Any]:
+        """What ``restore`` needs to go on where this recipe is now."""
+        return {"trials": self.trials}
+
+    def restore(self, state: dict[str, Any], done: list[str]) -> None:
+        """Goes on from a ``state``."""
+        self.trials = state["trials"]
+
+
+def fall_back(name: str, weight: Tensor, config: CompressionConfig, reason: str) -> CodedLayer:
+    """Rounds a layer without data at the target entropy, and says why in its report."""
+    quantized = round_data_free(weight, config.bits)
+    quantized.fallback = f"{reason}: rounded without data"
+    return code_layer(name, quantized, config, "rate")
+
+
+def _unusable(statistics: InputStatistics) -> str | None:
+    """Why a layer's statistics cannot be calibrated on; None where they can."""
+    if statistics.tokens == 0:
+        return "no calibration token reached the layer"
+    if not statistics.finite:
+        return "NaN or infinity in the layer's inputs"
+    if not bool((statistics.absmax > 0).any()):
+        return "all inputs of the layer are zero"
+    return None

@@ -1,0 +1,144 @@
+"""Where the weights of a block come from: a model in memory, or the shards of a checkpoint larger than memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dcext.calibrate.blocks import Block
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class BlockSource:
+    """The float weights of a model that is in memory."""
+
+    @contextmanager
+    def skeleton(self) -> Iterator[None]:
+        """While entered, everything outside the blocks has its weights."""
+        yield
+
+    @contextmanager
+    def weights(self, block: Block) -> Iterator[nn.Module]:
+        """While entered, the block itself has its weights; yields it."""
+        yield block.module
+
+    def bias(self, name: str, module: nn.Module) -> Tensor | None:
+        """The bias of a module of this name."""
+        return getattr(module, "bias", None)
+
+    def identity(self) -> str:
+        """Tells weights that are not in memory from others."""
+        return ""
+
+    def fill_rest(self) -> None:
+        """Gives its weights, for good, to what was not compressed."""
+
+    @contextmanager
+    def working_copy(self, block: Block, dtype: torch.dtype) -> Iterator[nn.Module]:
+        """A frozen copy of a block in ``dtype``, to be run and changed freely."""
+        with self.weights(block) as module:
+            duplicate = copy.deepcopy(module)
+        yield duplicate.to(dtype).requires_grad_(False)
+
+
+class ShardSource(BlockSource):
+    """The safetensors files of a Hugging Face folder; a block's weights are read when it is entered, dropped after.
+
+    The model itself is on the meta device (``dcext.hub.load_lazy_model``).
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, blocks: list[Block]) -> None:
+        """Opens the files; reads nothing but their headers.
+
+        Raises:
+            FileNotFoundError: no safetensors file.
+            ValueError: a parameter of the model that no file holds.
+        """
+        self._model = model
+        self._dtype = {name: p.dtype for name, p in model.named_parameters()}
+        self._prefixes = tuple(f"{block.name}." for block in blocks)
+        if not list(folder.glob("*.safetensors")):
+            raise FileNotFoundError(f"{folder}: expected safetensors files, found none")
+        index = folder / INDEX_NAME
+        names = (
+            sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if index.is_file()
+            else ["model.safetensors"]
+        )
+        self._files = {}
+        stats = [(name, (folder / name).stat()) for name in names]
+        self._identity = str([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        for name in names:
+            file = safe_open(folder / name, framework="pt")
+            self._files.update(dict.fromkeys(file.keys(), file))
+        tied = set(dict(model.named_parameters(remove_duplicate=False))) - set(self._dtype)
+        missing = sorted(set(self._dtype) - set(self._files) - tied)
+        if missing:
+            raise ValueError(f"{folder}: expected a tensor {missing[0]!r}, found none of that name")
+
+    def bias(self, name: str, module: nn.Module) -> Tensor | None:
+        if getattr(module, "bias", None) is None:
+            return None
+        key = f"{name}.bias"
+        return self._files[key].get_tensor(key).to(self._dtype[key])
+
+    def identity(self) -> str:
+        return self._identity
+
+    def fill_rest(self) -> None:
+        for name, parameter in list(self._model.named_parameters()):
+            if parameter.is_meta:
+                self._put(name, self._files[name].get_tensor(name))
+
+    @contextmanager
+    def skeleton(self) -> Iterator[None]:
+        names = [name for name in self._dtype if not name.startswith(self._prefixes)]
+        with self._filled(names):
+            yield
+
+    @contextmanager
+    def weights(self, block: Block) -> Iterator[nn.Module]:
+        with self._filled([name for name in self._dtype if name.startswith(f"{block.name}.")]):
+            yield block.module
+
+    @contextmanager
+    def _filled(self, names: list[str]) -> Iterator[None]:
+        empty: dict[str, nn.Parameter] = {}
+        for name in names:
+            if name in self._files:
+                empty[name] = self._put(name, self._files[name].get_tensor(name))
+        try:
+            yield
+        finally:
+            for name, parameter in empty.items():
+                self._restore(name, parameter)
+
+    def _put(self, name: str, value: Tensor) -> nn.Parameter:
+        parent, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(parent)
+        old = module._parameters[leaf]
+        if old is None:
+            raise ValueError(f"{name}: expected a parameter of that name, found none")
+        filled = nn.Parameter(value.to(self._dtype[name]), requires_grad=False)
+        for owner in self._model.modules():  # tied weights too
+            for key, parameter in owner._parameters.items():
+                if parameter is old:
+                    owner._parameters[key] = filled
+        return old
+
+    def _restore(self, name: str, old: nn.Parameter) -> None:
+        parent, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(parent)
+        filled = module._parameters.get(leaf)
+        for owner in self._model.modules():
+            for key, parameter in owner._parameters.items():
+                if parameter is filled:
+                    owner._parameters[key] = old

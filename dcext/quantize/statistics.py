@@ -1,0 +1,70 @@
+"""What calibration learns about the inputs of a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = 8192
+PANEL_COLS = 384
+
+
+class InputStatistics:
+    """Running statistics of the inputs of a linear layer, over any number of calls of ``update``.
+
+    Attributes:
+        tokens: how many inputs were seen.
+        absmax: ``(K,)`` float32, ``max |x_i|``.
+        finite: whether all of them were finite; the rest is meaningless where not.
+    """
+
+    def __init__(self, in_features: int, *, with_moment: bool = True) -> None:
+        self.tokens = 0
+        self.finite = True
+        self.absmax = torch.zeros(in_features)
+        self._near_zero = 0
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float64) if with_moment else None
+
+    def update(self, x: Tensor) -> None:
+        """Adds inputs.
+
+        Args:
+            x: ``(..., K)`` floating point. Not modified.
+        """
+        x = x.detach().reshape(-1, self.absmax.shape[0])
+        for chunk in x.split(CHUNK_TOKENS):
+            chunk = chunk.float()
+            token_absmax = chunk.abs().amax(1, keepdim=True)
+            self.finite = self.finite and bool(torch.isfinite(token_absmax).all())
+            self.absmax = torch.maximum(self.absmax, chunk.abs().amax(0))
+            self._near_zero += int((chunk.abs() * 254 < token_absmax).sum())
+            self.tokens += chunk.shape[0]
+            if self._sum is not None:
+                self._sum += _gram(chunk)
+
+    @property
+    def near_zero(self) -> float:
+        """Share of values that INT8 with one absmax scale per token rounds to zero."""
+        return self._near_zero / max(1, self.tokens * self.absmax.shape[0])
+
+    @property
+    def second_moment(self) -> Tensor:
+        """``(K, K)`` float64, ``E[x x^T]``: products in float32 over chunks of tokens, their sum in float64.
+
+        Raises:
+            ValueError: the statistics were made without it, or saw no token.
+        """
+        if self._sum is None or self.tokens == 0:
+            raise ValueError(f"second_moment: expected inputs, got {self.tokens} tokens")
+        return self._sum / self.tokens
+
+
+def _gram(x: Tensor) -> Tensor:
+    """``x^T x`` of ``(tokens, K)`` float32, panel by panel, so that little more than the upper triangle is computed."""
+    size = x.shape[1]
+    gram = torch.empty(size, size)
+    for begin in range(0, size, PANEL_COLS):
+        end = min(size, begin + PANEL_COLS)
+        gram[begin:end, begin:] = x[:, begin:end].t() @ x[:, begin:]
+        gram[end:, begin:end] = gram[begin:end, end:].t()
+    return gram

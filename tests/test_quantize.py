@@ -1,0 +1,569 @@
+"""What recipes are made of: the rounding operator, error feedback, statistics of inputs, the configuration."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import reference
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from reference import UNIT
+
+import dcext
+from dcext import _C
+from dcext.quantize.feedback import (
+    BLOCK_COLS,
+    DAMPING,
+    NUM_LEVELS,
+    cholesky_factor,
+    rate_pull,
+    round_with_feedback,
+)
+from dcext.quantize.quantized import QuantizedWeight, output_snr_db, to_bfloat16_values
+from dcext.quantize.statistics import CHUNK_TOKENS, PANEL_COLS, InputStatistics
+
+ISAS = _C.supported_isas()
+ROWS = [1, 31, 32, 33, 200]
+COLS = [1, 5, 64]
+NO_PULL = torch.zeros(NUM_LEVELS)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = _C.selected_isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def grid(*shape: int, step: float, most: int, seed: int) -> torch.Tensor:
+    """Random multiples of a power of two, few enough bits for float32 sums of products to be exact."""
+    return torch.randint(-most, most + 1, shape, generator=seeded(seed)) * step
+
+
+def some_pull(seed: int, step: float = 1 / 64) -> torch.Tensor:
+    """Multiples of ``step`` in [0, 0.45)."""
+    return (torch.rand(NUM_LEVELS, generator=seeded(seed)) * 0.45 / step).floor() * step
+
+
+def sparse_feedback(cols: int, seed: int) -> torch.Tensor:
+    """Quarters below the diagonal, about one per column, so that errors neither vanish nor explode."""
+    keep = torch.rand(cols, cols, generator=seeded(seed)) < 1 / cols
+    return (grid(cols, cols, step=0.25, most=4, seed=seed + 1) * keep).tril(-1)
+
+
+def exact_case(rows: int, cols: int, *, pull: torch.Tensor, seed: int, spread: int = 400) -> dict:
+    """Arguments of ``round_columns_`` for which float32 is exact; one weight in eight is a tie or on a threshold."""
+    return {
+        "weight": grid(cols, rows, step=1 / 64, most=spread, seed=seed),
+        "target": grid(cols, rows, step=1 / 64, most=spread, seed=seed + 1),
+        "feedback": sparse_feedback(cols, seed + 2),
+        "step": 2.0 ** torch.randint(-3, 1, (cols,), generator=seeded(seed + 3)),
+        "pull": pull,
+    }
+
+
+def real_case(rows: int, cols: int, seed: int = 0) -> dict:
+    """Arguments of ``round_columns_`` with weights of all sizes, some beyond the levels."""
+    return {
+        "weight": torch.randn(cols, rows, generator=seeded(seed)) * 20,
+        "target": torch.randn(cols, rows, generator=seeded(seed + 1)) * 20,
+        "feedback": torch.randn(cols, cols, generator=seeded(seed + 2)) / cols**0.5,
+        "step": torch.rand(cols, generator=seeded(seed + 3)) + 0.3,
+        "pull": some_pull(seed + 4, step=2.0**-20),
+    }
+
+
+def run_op(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """``q`` and ``error``; of what is passed, only ``target`` may change."""
+    arguments = {name: tensor.clone() for name, tensor in case.items()}
+    q = torch.full_like(case["weight"], 99, dtype=torch.int8)
+    error = torch.full_like(case["weight"], float("nan"))
+    torch.ops.dcext.round_columns_(*arguments.values(), q, error)
+    assert all(torch.equal(arguments[name], case[name]) for name in case if name != "target")
+    return q, error
+
+
+def assert_rounded(q: torch.Tensor, target: torch.Tensor, slack: torch.Tensor, pull: torch.Tensor):
+    """Each integer is the rounding of some value within ``slack`` of its target, both in steps."""
+    assert (reference.round_levels(target - slack, pull) <= q).all()
+    assert (q <= reference.round_levels(target + slack, pull)).all()
+
+
+def correlated_factor(cols: int, seed: int = 0) -> torch.Tensor:
+    """Cholesky factor of a second moment whose eigenvalues span two decades."""
+    basis, _ = torch.linalg.qr(torch.randn(cols, cols, dtype=torch.float64, generator=seeded(seed)))
+    values = torch.logspace(-1, 1, cols, dtype=torch.float64)
+    return torch.linalg.cholesky((basis * values) @ basis.T)
+
+
+# The operator
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+@pytest.mark.parametrize("cols", COLS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_op_is_the_plain_loop_where_float32_is_exact(isa, rows, cols, pulled):
+    case = exact_case(rows, cols, pull=some_pull(5) if pulled else NO_PULL, seed=rows * 100 + cols)
+    q, error = run_op(case)
+    expected_q, expected_error = reference.round_columns(**case)
+    assert torch.equal(q.double(), expected_q)
+    assert torch.equal(error.double(), expected_error)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 12), st.integers(0, 10**6), st.sampled_from([30, 20000]))
+def test_op_is_the_plain_loop_for_any_shape(rows, cols, seed, spread):
+    case = exact_case(rows, cols, pull=some_pull(seed), seed=seed, spread=spread)
+    q, error = run_op(case)
+    expected_q, expected_error = reference.round_columns(**case)
+    assert torch.equal(q.double(), expected_q)
+    assert torch.equal(error.double(), expected_error)
+
+
+@pytest.mark.parametrize("shape", [(33, 5), (200, 64)])
+def test_op_rounds_to_float32_accuracy(isa, shape):
+    case = real_case(*shape)
+    q, error = run_op(case)
+    step = case["step"][:, None]
+    assert torch.equal(error, case["weight"] - q.float() * step)
+    behind = case["feedback"].double().tril(-1).T
+    target = case["target"].double() + behind @ error.double()
+    magnitude = case["target"].double().abs() + behind.abs() @ error.double().abs()
+    slack = (shape[1] + 4) * UNIT * magnitude  # a rounding per sum, and those of error and division
+    assert_rounded(q, target / step, slack / step, case["pull"])
+
+
+def test_op_clamps_to_127_and_passes_the_error_on(isa):
+    weight = torch.tensor([[1.0, -1.0, 0.0], [300.0, -300.0, 126.75]])
+    feedback = torch.tensor([[0.0, 0.0], [0.5, 0.0]])
+    case = {"weight": weight, "target": weight, "feedback": feedback}
+    q, error = run_op({**case, "step": torch.ones(2), "pull": NO_PULL})
+    assert q.tolist() == [
+        [88, -88, 0],
+        [127, -127, 127],
+    ]  # 1 + (300 - 127) / 2 = 87.5, half to even
+    assert error.tolist() == [[-87, 87, 0], [173, -173, -0.25]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-9000, 9000), min_size=1, max_size=40), st.integers(0, 10**6))
+def test_op_thresholds_are_the_middles_plus_pull(sixtyfourths, seed):
+    values = torch.tensor([sixtyfourths]) / 64
+    pull = some_pull(seed)
+    case = {"weight": values, "target": values, "feedback": torch.zeros(1, 1)}
+    q, _ = run_op({**case, "step": torch.ones(1), "pull": pull})
+    assert torch.equal(q.double(), reference.round_levels(values, pull))
+
+
+def test_op_gives_the_same_bits_for_every_isa_and_number_of_threads():
+    threads, before = torch.get_num_threads(), _C.selected_isa()
+    case = real_case(200, 64)
+    outputs = []
+    try:
+        for name in ISAS:
+            _C.set_isa(name)
+            for num_threads in (1, 2, 3):
+                torch.set_num_threads(num_threads)
+                outputs.append(run_op(case))
+    finally:
+        torch.set_num_threads(threads)
+        _C.set_isa(before)
+    assert all(torch.equal(q, outputs[0][0]) for q, _ in outputs)
+    assert all(torch.equal(error, outputs[0][1]) for _, error in outputs)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_op_takes_nothing(shape):
+    q, error = run_op(real_case(*shape))
+    assert q.shape == error.shape == shape[::-1]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_op_survives_what_is_not_finite(value):
+    """In a process of its own: a level that is no index would read memory that is not there."""
+    code = (
+        "import torch, dcext; w = torch.ones(4, 40); w[3, 5] = float('{}'); n = torch.ones(4);"
+        "q = torch.empty(4, 40, dtype=torch.int8); f = torch.ones(4, 4); p = torch.zeros(128);"
+        "torch.ops.dcext.round_columns_(w, w.clone(), f, n, p, q, torch.empty(4, 40));"
+        "assert int(q.int().abs().max()) <= 127 and (q[:, :5] == q[:, 6:11]).all()"
+    )
+    command = [sys.executable, "-c", code.format(value)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-500:]
+
+
+@pytest.mark.parametrize(
+    ("argument", "change", "error", "message"),
+    [
+        ("weight", lambda t: t.double(), TypeError, "weight: expected .*, got Double"),
+        ("weight", lambda t: t[0], ValueError, "weight: expected 2 dimensions, got 1"),
+        ("target", lambda t: t.half(), TypeError, "target: expected .*, got Half"),
+        (
+            "target",
+            lambda t: t[:, 1:],
+            ValueError,
+            r"target: expected .*\[5, 33\], got .*\[5, 32\]",
+        ),
+        ("target", lambda t: t.T.contiguous().T, ValueError, r"target: expected a contiguous"),
+        ("feedback", lambda t: t[:, :4], ValueError, r"feedback: .*\[5, 5\], got .*\[5, 4\]"),
+        ("feedback", lambda t: t.T.contiguous().T, ValueError, r"feedback: expected a contiguous"),
+        ("step", lambda t: t.double(), TypeError, "step: expected torch.float32, got Double"),
+        ("step", lambda t: t[:4], ValueError, r"step: .*\[5\], got shape \[4\]"),
+        ("step", lambda t: t.repeat(2)[::2], ValueError, "step: expected a contiguous"),
+        ("pull", lambda t: t.double(), TypeError, "pull: expected torch.float32, got Double"),
+        ("pull", lambda t: t[:127], ValueError, r"pull: .*\[128\], got shape \[127\]"),
+        ("q", lambda t: t.int(), TypeError, "q: expected .*, got Int"),
+        ("q", lambda t: t[:4], ValueError, r"q: expected .*\[5, 33\], got shape \[4, 33\]"),
+        ("q", lambda t: t.T.contiguous().T, ValueError, "q: expected a contiguous"),
+        ("error", lambda t: t.bfloat16(), TypeError, "error: expected .*, got BFloat16"),
+        ("error", lambda t: t[None], ValueError, r"error: .*\[5, 33\], got shape \[1, 5, 33\]"),
+    ],
+)
+def test_op_refuses(argument, change, error, message):
+    arguments = real_case(33, 5)
+    arguments |= {"q": torch.empty(5, 33, dtype=torch.int8), "error": torch.empty(5, 33)}
+    arguments[argument] = change(arguments[argument])
+    with pytest.raises(error, match=f"^dcext::round_columns_: {message}"):
+        torch.ops.dcext.round_columns_(*arguments.values())
+
+
+def test_opcheck():
+    q, error = torch.empty(5, 33, dtype=torch.int8), torch.empty(5, 33)
+    arguments = (*real_case(33, 5).values(), q, error)
+    torch.library.opcheck(torch.ops.dcext.round_columns_.default, arguments)
+
+
+# Error feedback
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 63), (33, 64), (5, 65), (37, 130), (3, 200)])
+def test_feedback_is_the_plain_loop_where_float32_is_exact(shape, pulled):
+    rows, cols = shape
+    weight = grid(rows, cols, step=1 / 64, most=600, seed=cols)
+    row_scale = 2.0 ** torch.randint(-1, 2, (rows,), generator=seeded(1))
+    col_scale = 2.0 ** torch.randint(-3, 1, (cols,), generator=seeded(2))
+    diagonal = 2.0 ** torch.randint(-2, 3, (cols,), generator=seeded(3))
+    factor = ((sparse_feedback(cols, 4) + torch.eye(cols)) * diagonal).double()
+    pull = some_pull(5) if pulled else NO_PULL
+    q = round_with_feedback(weight, factor, row_scale, col_scale, pull if pulled else None)
+    expected = reference.round_with_feedback(weight, factor, row_scale, col_scale, pull)
+    assert torch.equal(q.double(), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 2 * BLOCK_COLS + 9), st.integers(0, 10**6))
+def test_feedback_rounds_every_column_from_its_corrected_target(rows, cols, seed):
+    """Hence ``|((W - W^) L)_ni| <= (1/2 + pull) step L_ii``, the bound of the whole method."""
+    weight = torch.randn(rows, cols, generator=seeded(seed))
+    factor = correlated_factor(cols, seed)
+    row_scale = torch.rand(rows, generator=seeded(seed + 1)) + 0.1
+    col_scale = (0.3 / factor.diagonal()).float()
+    pull = some_pull(seed, step=2.0**-20)
+    inputs = (weight, factor, row_scale, col_scale, pull)
+    copies = [tensor.clone() for tensor in inputs]
+    q = round_with_feedback(*inputs)
+    assert all(torch.equal(*pair) for pair in zip(inputs, copies, strict=True))
+    assert q.dtype == torch.int8
+    assert q.is_contiguous()
+    steps = row_scale.double()[:, None] * col_scale.double()
+    target, slack = reference.feedback_targets(weight, q * steps, factor)
+    assert_rounded(q, target / steps, slack / steps, pull)
+
+
+def test_feedback_without_correlation_rounds_to_nearest():
+    weight = torch.randn(20, 100, generator=seeded(0)) * 50
+    factor = torch.diag(torch.rand(100, dtype=torch.float64, generator=seeded(1)) + 0.1)
+    q = round_with_feedback(weight, factor, torch.ones(20), torch.ones(100))
+    assert torch.equal(q, weight.round().clamp(-127, 127).to(torch.int8))
+
+
+@pytest.mark.parametrize("cols", [5, 70, 200])
+def test_feedback_loses_less_than_rounding_to_nearest(cols):
+    weight = torch.randn(64, cols, generator=seeded(0))
+    factor = correlated_factor(cols)
+    col_scale = (0.3 / factor.diagonal()).float()
+    q = round_with_feedback(weight, factor, torch.ones(64), col_scale)
+    moment = factor @ factor.T
+    nearest = (weight / col_scale).round() * col_scale
+    error = reference.output_error(weight, q * col_scale, moment)
+    assert error < reference.output_error(weight, nearest, moment)
+    # Uniform errors of every column, as the theory has it; 64 x cols of them average to within 4 sigma.
+    expected = 64 * cols * 0.3**2 / 12
+    assert error == pytest.approx(expected, rel=4 * (0.8 / (64 * cols)) ** 0.5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 10**6), min_size=NUM_LEVELS, max_size=NUM_LEVELS))
+@example([0] * NUM_LEVELS)
+@example([10**6] + [0] * 127)
+@example([0] * 127 + [10**6])
+def test_rate_pull_is_where_both_levels_cost_the_same(counts):
+    smoothed = [count + 0.5 for count in counts]
+    total = sum(smoothed)
+    values = [1] + [2] * 127  # a magnitude is two values, but for zero
+    bits = [-math.log2(s / total / v) for s, v in zip(smoothed, values, strict=True)]
+    wanted = [reference.rate_threshold(*bits[q - 1 : q + 1]) - 0.5 for q in range(1, NUM_LEVELS)]
+    pull = rate_pull(torch.tensor(counts))
+    assert pull.dtype == torch.float32
+    expected = torch.tensor([0.0, *wanted], dtype=torch.float64).clamp(0, 0.45)
+    assert ((pull - expected).abs() <= 2 * UNIT).all()
+
+
+def test_rate_pull_minimizes_error_and_bits():
+    """Brute force over all magnitudes of a grid: either of the two neighbours is taken, whichever costs less."""
+    counts = (1e6 * 0.8 ** torch.arange(NUM_LEVELS)).long()
+    pull = rate_pull(counts).double()
+    p = (counts + 0.5) / (counts.sum() + 64) / torch.tensor([1.0] + [2.0] * 127)
+    magnitude = torch.arange(0, 127, 0.003, dtype=torch.float64)
+    lower = magnitude.floor()
+    pair = torch.stack([lower, lower + 1])
+    cost = (magnitude - pair) ** 2 - reference.BIT_PRICE * p.double().log2()[pair.long()]
+    chosen = reference.round_levels(magnitude, pull)
+    best = torch.where(cost[0] <= cost[1], lower, lower + 1)
+    is_clear = (cost[0] - cost[1]).abs() > 4 * UNIT
+    assert ((pull[1:] > 0) & (pull[1:] < 0.45)).all()
+    assert torch.equal(chosen[is_clear], best[is_clear])
+    assert (chosen != magnitude.round()).any()
+
+
+def moment_of(tokens: int, cols: int, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(tokens, cols, dtype=torch.float64, generator=seeded(seed))
+    return x.T @ x / tokens
+
+
+@pytest.mark.parametrize(("tokens", "cols"), [(1, 1), (50, 20), (10, 64), (300, 100)])
+def test_cholesky_factor_is_of_the_damped_moment(tokens, cols):
+    """Also of rank-deficient ones. Higham, Accuracy and Stability, theorem 10.3: the error of any factorization."""
+    moment = moment_of(tokens, cols)
+    before = moment.clone()
+    factor = cholesky_factor(moment)
+    damped = moment + DAMPING * moment.diagonal().mean() * torch.eye(cols)
+    assert torch.equal(moment, before)
+    assert torch.equal(factor, factor.tril())
+    assert (factor.diagonal() > 0).all()
+    slack = (cols + 2) * 2.0**-52 * (factor.abs() @ factor.abs().T)
+    assert ((factor @ factor.T - damped).abs() <= slack).all()
+
+
+def test_cholesky_factor_raises_the_damping_until_it_exists():
+    moment = torch.diag(torch.tensor([1.0, 1.0, -0.001], dtype=torch.float64))
+    factor = cholesky_factor(moment, damping=0)
+    damping = (factor @ factor.T - moment).diagonal() / moment.diagonal().mean()
+    assert damping.tolist() == pytest.approx([0.01] * 3)  # 1e-8, 1e-7 .. : the first above 0.0015
+
+
+@pytest.mark.parametrize(("index", "value"), [(0, math.nan), (0, math.inf), (1, math.nan)])
+def test_cholesky_factor_refuses_what_is_not_finite(index, value):
+    moment = torch.eye(3, dtype=torch.float64)
+    moment[0, index] = moment[index, 0] = value
+    with pytest.raises(ValueError, match="cholesky_factor: second_moment: expected finite"):
+        cholesky_factor(moment)
+
+
+def test_cholesky_factor_refuses_zero():
+    with pytest.raises(ValueError, match="expected finite and not zero, got mean diagonal 0.0"):
+        cholesky_factor(torch.zeros(3, 3, dtype=torch.float64))
+
+
+# Statistics of inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cols", [1, PANEL_COLS - 1, PANEL_COLS, PANEL_COLS + 1, 800])
+def test_statistics_are_the_plain_formulas(cols, dtype):
+    x = (torch.randn(3, 40, cols, generator=seeded(cols)) * 5).to(dtype)
+    before = x.clone()
+    statistics = InputStatistics(cols)
+    statistics.update(x)
+    tokens = x.reshape(-1, cols).double()
+    moment = statistics.second_moment
+    assert torch.equal(x, before)
+    assert statistics.tokens == 120
+    assert statistics.finite
+    assert torch.equal(statistics.absmax, tokens.abs().amax(0).float())
+    assert torch.equal(moment, moment.T)
+    slack = (120 + 1) * UNIT * (tokens.abs().T @ tokens.abs()) / 120  # of a float32 dot product
+    assert ((moment - tokens.T @ tokens / 120).abs() <= slack).all()
+    assert statistics.near_zero == reference.int8_zero_share(tokens)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 10**6))
+def test_several_updates_equal_one(parts, seed):
+    """Whole numbers, whose products and sums float32 holds exactly."""
+    x = torch.randint(-20, 21, (sum(parts), 6), generator=seeded(seed)).float()
+    whole, pieces = InputStatistics(6), InputStatistics(6)
+    whole.update(x)
+    for part in x.split(parts):
+        pieces.update(part)
+    assert pieces.tokens == whole.tokens
+    assert torch.equal(pieces.absmax, whole.absmax)
+    assert torch.equal(pieces.second_moment, whole.second_moment)
+    assert pieces.near_zero == whole.near_zero
+
+
+def test_more_tokens_than_a_chunk():
+    x = torch.randint(-9, 10, (2 * CHUNK_TOKENS + 1, 3), generator=seeded(0)).double()
+    statistics = InputStatistics(3)
+    statistics.update(x)
+    assert statistics.tokens == x.shape[0]
+    assert torch.equal(statistics.second_moment, x.T @ x / x.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("token", "share"), [([0.0, 0.0], 1.0), ([254.0, 1.0], 0.5), ([254.0, 1.001], 0.0)]
+)
+def test_near_zero_counts_zeros_and_halves_which_go_to_even(token, share):
+    statistics = InputStatistics(2, with_moment=False)
+    statistics.update(torch.tensor(token))
+    assert statistics.near_zero == reference.int8_zero_share(torch.tensor([token])) == share
+
+
+def test_no_token_changes_nothing():
+    statistics = InputStatistics(4)
+    statistics.update(torch.empty(2, 0, 4))
+    assert statistics.tokens == 0
+    assert statistics.near_zero == 0
+    with pytest.raises(ValueError, match="second_moment: expected inputs, got 0 tokens"):
+        _ = statistics.second_moment
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_remembered(value):
+    statistics = InputStatistics(4)
+    x = torch.ones(3, 4)
+    x[1, 2] = value
+    for part in (torch.ones(3, 4), x, torch.ones(3, 4)):
+        statistics.update(part)
+    assert not statistics.finite
+
+
+def test_statistics_without_moment():
+    statistics = InputStatistics(2, with_moment=False)
+    statistics.update(torch.ones(3, 2))
+    assert statistics.absmax.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="second_moment: expected inputs"):
+        _ = statistics.second_moment
+
+
+# What recipes return
+
+
+def test_dequantize_is_the_form_of_every_recipe():
+    q = torch.randint(-127, 128, (6, 9), generator=seeded(0)).to(torch.int8)
+    row_scale, col_scale = torch.rand(6), torch.rand(9)
+    index = torch.tensor([1, 7], dtype=torch.int32)
+    kept = torch.randn(6, 2, generator=seeded(1)).bfloat16()
+    rows = torch.diag(row_scale.double())
+    assert torch.equal(QuantizedWeight(q, row_scale).dequantize(), q.float() * row_scale[:, None])
+    scaled = QuantizedWeight(q, row_scale, col_scale).dequantize()
+    exact = rows @ q.double() @ torch.diag(col_scale.double())
+    assert ((scaled - exact).abs() <= 2 * UNIT * exact.abs()).all()
+    mixed = QuantizedWeight(q, row_scale, col_scale, index, kept).dequantize()
+    assert torch.equal(mixed[:, [1, 7]], kept.float())
+    others = [0, 2, 3, 4, 5, 6, 8]
+    assert torch.equal(mixed[:, others], scaled[:, others])
+
+
+@given(st.floats(1e-30, 1e30, width=32))
+def test_bfloat16_values_are_the_nearest(value):
+    (nearest,) = to_bfloat16_values(torch.tensor([value])).tolist()
+    step = 2.0 ** (math.frexp(value)[1] - 8)  # 8 significant bits
+    assert nearest == round(value / step) * step
+
+
+def test_output_snr():
+    weight = torch.randn(10, 30, generator=seeded(0))
+    rounded = weight.bfloat16().float()
+    moment = moment_of(100, 30)
+    signal = reference.output_error(weight, torch.zeros(10, 30), moment)
+    expected = 10 * math.log10(signal / reference.output_error(weight, rounded, moment))
+    # Float32 quadratic forms of 30 x 30 positive definite terms: some 60 roundings of a condition number below 30.
+    assert output_snr_db(weight, rounded, moment) == pytest.approx(expected, abs=4.4 * 1800 * UNIT)
+    assert output_snr_db(weight, weight, moment) == math.inf
+
+
+# The configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "none"}, "recipe: expected 'rate' or .* or 'int8', got 'none'"),
+        ({"granularity": "column"}, "granularity: expected 'row' or 'tensor', got 'column'"),
+        ({"codec": "lz4"}, "codec: expected 'auto' or 'raw' or 'zstd', got 'lz4'"),
+        ({"activations": "int4"}, "activations: expected 'int8' or 'none', got 'int4'"),
+        ({"level": 3}, "level: expected None, or 1..22 with codec 'zstd', got 3 with codec 'auto'"),
+        ({"level": 23, "codec": "zstd"}, "level: expected None, or 1..22 .*, got 23"),
+        ({"level": 0, "codec": "zstd"}, "level: expected None, or 1..22 .*, got 0"),
+        ({"recipe": "int8", "target_bits": 4}, "target_bits: expected .*'data-free', got 'int8'"),
+        ({"recipe": "paper", "target_ratio": 2}, "target_ratio: expected .* got 'paper'"),
+        ({"recipe": "int8", "target_nbytes": 9}, "target_nbytes: expected .* got 'int8'"),
+        (
+            {"target_bits": 4, "target_ratio": 2},
+            "expected one of .*got {'target_bits': 4, 'target_r",
+        ),
+        ({"target_ratio": 2, "target_nbytes": 9}, "expected one of bits, ratio and nbytes.* got {"),
+        ({"target_bits": 0.0}, "expected one of .*, positive, got {'target_bits': 0.0}"),
+        ({"target_ratio": -1.0}, "positive, got {'target_ratio': -1.0}"),
+        ({"target_bits": math.nan}, "positive, got {'target_bits': nan}"),
+        ({"target_bits": math.inf}, "expected .* got {'target_bits': inf}"),
+        ({"target_ratio": math.inf}, "expected .* got {'target_ratio': inf}"),
+        ({"target_nbytes": 0}, "positive, got {'target_nbytes': 0}"),
+        ({"alpha": 0.5}, "alpha, sparsity: expected recipe 'paper', got 'rate'"),
+        ({"recipe": "data-free", "sparsity": 0.5}, "expected recipe 'paper', got 'data-free'"),
+        ({"recipe": "paper", "alpha": "best"}, "alpha: expected a number, .*, got 'best'"),
+        ({"recipe": "paper", "alpha": 1.1}, "alpha: expected 0 to 1, got 1.1"),
+        ({"recipe": "paper", "alpha": math.nan}, "alpha: expected 0 to 1, got nan"),
+        ({"recipe": "paper", "sparsity": 1.0}, "sparsity: expected 0 to 1, got 1.0"),
+        ({"recipe": "paper", "sparsity": -0.1}, "sparsity: expected 0 to 1, got -0.1"),
+    ],
+)
+def test_config_refuses(changes, message):
+    with pytest.raises(ValueError, match=f"^CompressionConfig: .*{message}"):
+        dcext.CompressionConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bits"),
+    [
+        ({}, 8 / 2.2),
+        ({"target_bits": 3.5}, 3.5),
+        ({"target_ratio": 2}, 4.0),
+        ({"recipe": "data-free", "target_bits": 5}, 5),
+    ],
+)
+def test_config_target_in_bits(changes, bits):
+    assert dcext.CompressionConfig(**changes).bits == bits
+
+
+def test_config_target_in_bytes_is_not_bits():
+    config = dcext.CompressionConfig(target_nbytes=1000)
+    with pytest.raises(ValueError, match="expected target_bits or target_ratio, got target_nbytes"):
+        _ = config.bits
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"recipe": "paper", "alpha": 0.3, "sparsity": 0.2}, {"target_nbytes": 5}]
+)
+def test_config_survives_json(changes):
+    config = dcext.CompressionConfig(**changes)
+    assert dcext.CompressionConfig(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("recipe", "granularity"),
+    [("paper", "tensor"), ("int8", "row"), ("rate", "row"), ("data-free", "row")],
+)
+def test_config_granularity_by_recipe(recipe, granularity):
+    assert dcext.CompressionConfig(recipe=recipe).granularity == granularity
