@@ -41,6 +41,7 @@ void round_columns_op(const at::Tensor& weight, at::Tensor target, const at::Ten
   call.pull = vector_data(kOp, "pull", pull, kNumLevels, at::kCPU);
   call.q = q.mutable_data_ptr<int8_t>();
   call.error = error.mutable_data_ptr<float>();
+  call.isa = selected_isa();
   TorchExecutor executor;
   round_columns(call, executor);
 }

@@ -25,6 +25,7 @@ from dcext.quantize.rounding import quantize_absmax
 FilterFn = Callable[[str, nn.Module], bool]
 ProgressFn = Callable[[str, float], None]
 JOB_VERSION = 1  # of what recipes compute: raised when a change makes kept blocks useless
+REPORT_ATTRIBUTE = "dcext_report"
 OTHERS_SHARE = 0.05  # of all work: what lies outside the blocks
 
 
@@ -171,7 +172,7 @@ class _Compression:
         self.source.fill_rest()
         for name, coded in others.items():
             self._put(name, coded)
-        self.model.dcext_report = self.report
+        setattr(self.model, REPORT_ATTRIBUTE, self.report)
 
     def _code_others(self) -> dict[str, CodedLayer]:
         """What lies outside the blocks, in INT8; modules that share a weight share what it became."""
@@ -181,9 +182,9 @@ class _Compression:
         whole = OTHERS_SHARE if self.block_names else 1.0
         total = sum(self.weights[name] for name in self.other_names)
         for name in self.other_names:
-            weight = self.model.get_submodule(name).weight
+            weight = self.model.get_parameter(f"{name}.weight")
             if id(weight) not in by_weight:
-                by_weight[id(weight)] = self._code_absmax(name, weight, str(granularity))
+                by_weight[id(weight)] = self._code_absmax(name, weight, granularity)
             coded[name] = by_weight[id(weight)]
             if not self.blocks:  # recipe int8: each float weight goes as soon as it can
                 self._put(name, coded[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,8 +30,9 @@ class CompressionConfig:
         target_nbytes: the same as a size of all tensors of the model.
         alpha: of ``"paper"``: exponent of the scaling, or ``"model"`` or ``"layer"`` to search 0, 0.1 .. 1.
         sparsity: of ``"paper"``: share of the weights that are zero after pruning.
-        granularity: of ``"int8"``: a scale per output ``"row"`` (most accurate) or per ``"tensor"`` (compresses much
-            better). Of ``"paper"``: what the sparsity is a share of.
+        granularity: empty for the recipe's own. Of ``"int8"``: a scale per output ``"row"`` (most accurate) or per ``"tensor"`` (compresses much
+            better); ``"row"`` unless told otherwise. Of ``"paper"``: what the sparsity is a share of, ``"tensor"`` unless
+            told otherwise.
         codec: ``"auto"``, ``"raw"`` or ``"zstd"``; see ``dcext.encode``.
         level: Zstandard level 1 to 22, or None for literals only.
         activations: ``"int8"`` quantizes each token dynamically (W8A8), ``"none"`` keeps them (W8A16).
@@ -46,14 +48,14 @@ class CompressionConfig:
     target_nbytes: int | None = None
     alpha: float | str = "model"
     sparsity: float = 0.0
-    granularity: str | None = None
+    granularity: str = ""
     codec: str = "auto"
     level: int | None = None
     activations: str = "int8"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.granularity is None:
+        if not self.granularity:
             object.__setattr__(self, "granularity", "tensor" if self.recipe == "paper" else "row")
         for field, known in (
             ("recipe", RECIPES),
@@ -83,7 +85,7 @@ class CompressionConfig:
             raise ValueError(
                 f"CompressionConfig: {next(iter(targets))}: expected recipe 'rate' or 'data-free', got {self.recipe!r}"
             )
-        if len(targets) > 1 or any(not value > 0 for value in targets.values()):
+        if len(targets) > 1 or any(not 0 < value < math.inf for value in targets.values()):
             raise ValueError(
                 f"CompressionConfig: target: expected one of bits, ratio and nbytes, positive, got {targets}"
             )

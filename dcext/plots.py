@@ -30,7 +30,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """One axis: its label, and by line style and its name the points. Style ``"-"`` is solid, ``"--"`` dashed."""
+    """One axis: its label, and by the name of each series its line style (``"-"`` or ``"--"``) and its points."""
 
     label: str
     series: dict[str, tuple[str, list[Point]]]
@@ -168,12 +168,9 @@ def _draw_panel(axis: Any, panel: Panel, kinds: list[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for number, (style, points) in enumerate(panel.series.values()):
-        for kind in kinds:
-            index = kinds.index(kind)
+        for index, kind in enumerate(kinds):
             look = {"color": f"C{index % 10}", "label": kind if number == 0 else None}
-            line = _means(
-                point for point in points if point.kind == kind and point.depth is not None
-            )
+            line = _means(point for point in points if point.kind == kind)
             marker = MARKERS[index % len(MARKERS)]
             if line:
                 axis.plot(*zip(*line, strict=True), style, marker=marker, markersize=3, **look)
@@ -190,7 +187,7 @@ def _draw_panel(axis: Any, panel: Panel, kinds: list[str]) -> None:
 
 
 def _means(points: Iterable[Point]) -> list[tuple[int, float]]:
-    """Depth and mean value, by depth."""
+    """Depth and mean value of the points that have a depth, by depth."""
     groups: dict[int, list[Point]] = defaultdict(list)
     for point in points:
         if point.depth is not None:

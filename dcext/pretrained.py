@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from dcext.codec import payload_info, verify_payload
-from dcext.compress import compressed_modules
+from dcext.compress import REPORT_ATTRIBUTE, compressed_modules
 from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.format import CheckpointReader, write_checkpoint
 from dcext.format.manifest import FORMAT_VERSION, parse_json_object
 from dcext.nn import DCEmbedding, DCLinear
 from dcext.nn.compressed import CompressedModule, storage_form, to_weight_memory
+from dcext.quantize.report import CompressionReport
 
 QUANT_METHOD = "dcext"
 REPORT_NAME = "compression_report.json"
-SIDE_NBYTES_PER_TENSOR = 900  # of a float tensor that becomes three: headers, hashes, its row in the report
+SIDE_NBYTES_PER_TENSOR = (
+    900  # of a float tensor that becomes three: headers, hashes, its row in the report
+)
 
 
 def save_pretrained(
@@ -72,8 +75,9 @@ def save_pretrained(
     model_config["architectures"] = [type(model).__name__]
     model_config["quantization_config"] = quantization
     files["config.json"] = (json.dumps(model_config, indent=2, sort_keys=True) + "\n").encode()
-    if hasattr(model, "dcext_report"):
-        files[REPORT_NAME] = (json.dumps(model.dcext_report.to_dict(), indent=1) + "\n").encode()
+    report = getattr(model, REPORT_ATTRIBUTE, None)
+    if isinstance(report, CompressionReport):
+        files[REPORT_NAME] = (json.dumps(report.to_dict(), indent=1) + "\n").encode()
     write_checkpoint(
         directory,
         _tensors(model, tied),

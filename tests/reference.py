@@ -1,7 +1,8 @@
-"""The formulas of ``dcext.quantize`` in plain float64: one column, one row or one weight at a time, slow and obvious.
+"""The formulas of ``dcext.quantize`` in plain float64: a column, a row or a weight at a time.
 
-Arguments and results are torch tensors and as in the functions of the same names. ``UNIT`` is the relative error of one
-float32 operation; where float32 results are compared, the tests allow what so many operations can add up to.
+Arguments and results are torch tensors and as in the functions of the same names. ``UNIT`` is the
+relative error of one float32 operation; where float32 results are compared, the tests allow what so
+many operations can add up to.
 """
 
 from __future__ import annotations
@@ -13,14 +14,29 @@ import torch
 from torch import Tensor
 
 UNIT = 2.0**-24  # of float32
-UNIT_BFLOAT16 = 2.0**-8
+UNIT_BFLOAT16 = 2.0**-8  # of rounding to bfloat16
 BIT_PRICE = (
     2 * math.log(2) / 12
 )  # squared steps per bit: dD/dR of D(R) = step^2 / 12 with step ~ 2^-R
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own for every draw."""
+    return torch.Generator().manual_seed(seed)
+
+
+def correlated_factor(cols: int, seed: int = 0) -> Tensor:
+    """Cholesky factor of a second moment whose eigenvalues span two decades."""
+    noise = torch.randn(cols, cols, dtype=torch.float64, generator=seeded(seed))
+    basis, _ = torch.linalg.qr(noise)
+    values = torch.logspace(-1, 1, cols, dtype=torch.float64)
+    return torch.linalg.cholesky((basis * values) @ basis.T)
+
+
 def round_levels(scaled: Tensor, pull: Tensor) -> Tensor:
-    """Levels of values given in steps: the upper of two neighbours from ``middle + pull`` on, ties without it to even."""
+    """Levels of values given in steps: the upper of two neighbours from ``middle + pull`` on, ties
+    without it to even.
+    """
     pull = torch.cat([pull.double(), torch.zeros(1, dtype=torch.float64)])
     magnitude = scaled.double().abs().clamp(max=127)
     lower = magnitude.floor()
@@ -47,7 +63,9 @@ def round_columns(
 def round_with_feedback(
     weight: Tensor, factor: Tensor, row_scale: Tensor, col_scale: Tensor, pull: Tensor
 ) -> Tensor:
-    """``t_i = w_i + sum_{k>i} (w_k - w^_k) L_ki / L_ii``, rounded, from the last column to the first."""
+    """``t_i = w_i + sum_{k>i} (w_k - w^_k) L_ki / L_ii``, rounded, from the last column to the
+    first.
+    """
     weight = weight.double() / row_scale.double()[:, None]
     error = torch.zeros_like(weight)
     q = torch.zeros_like(weight)
@@ -66,8 +84,8 @@ def feedback_targets(
     """What every column should have been rounded from, given what became of those behind it.
 
     Returns:
-        ``(N, K)`` targets, and how far from them float32 may have ended up: one rounding for each of K sums and fewer
-        than 16 for what goes into them.
+        ``(N, K)`` targets, and how far from them float32 may have ended up: one rounding for each
+        of K sums and fewer than 16 for what goes into them.
     """
     behind = (factor / factor.diagonal()).tril(-1)
     weight = weight.double()
@@ -83,7 +101,9 @@ def output_error(weight: Tensor, approximation: Tensor, second_moment: Tensor) -
 
 
 def rate_threshold(bits_lower: float, bits_upper: float) -> float:
-    """Where between two levels (0 and 1) both cost the same in ``error^2 + BIT_PRICE * bits``, by bisection."""
+    """Where between two levels (0 and 1) both cost the same in ``error^2 + BIT_PRICE * bits``, by
+    bisection.
+    """
     low, high = (
         -50.0,
         50.0,
@@ -104,11 +124,13 @@ def entropy(values: Tensor) -> float:
 
 
 def waterfilling_bits(
-    weight: Tensor, second_moment: Tensor, sensitivity: Tensor, distortion: float
+    weight: Tensor, eigenvalues: Tensor, sensitivity: Tensor, distortion: float
 ) -> float:
-    """Reverse water-filling with the level found exactly: components below it keep all of their variance."""
+    """Reverse water-filling with the level found exactly: components below it keep all of their
+    variance.
+    """
     rows = sensitivity.double() * weight.double().square().mean(1)
-    variances = torch.outer(rows, torch.linalg.eigvalsh(second_moment)).flatten()
+    variances = torch.outer(rows, eigenvalues.double()).flatten()
     variances = np.sort(variances.clamp_min(0).numpy())
     budget = distortion * weight.numel()
     for below in range(len(variances)):
@@ -137,7 +159,9 @@ def int8_zero_share(x: Tensor) -> float:
 
 
 def prune(qweight: Tensor, absmax: Tensor, sparsity: float) -> Tensor:
-    """Zeroes the ``round(sparsity * n)`` integers of lowest ``(max|X_i| * |q_ij|, position)`` of the whole matrix."""
+    """Zeroes the ``round(sparsity * n)`` integers of lowest ``(max|X_i| * |q_ij|, position)`` of
+    the whole matrix.
+    """
     rows, cols = qweight.shape
     values = qweight.flatten().tolist()
     scores = [abs(q) * float(absmax[i % cols]) for i, q in enumerate(values)]

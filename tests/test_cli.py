@@ -48,7 +48,9 @@ def folders(tmp_path_factory):
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(root / "float")
     tiny_llama().save_pretrained(root / "float")
     (root / "text.txt").write_text(TEXT)
-    report = run_json("compress", root / "float", "-o", root / "out", "--recipe", "int8", "--codec", "zstd")
+    report = run_json(
+        "compress", root / "float", "-o", root / "out", "--recipe", "int8", "--codec", "zstd"
+    )
     assert report["output"] == str(root / "out")
     assert report["ratio"] > 0
     return root
@@ -138,10 +140,16 @@ def test_the_example_of_the_readme(folders, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (("verify", "/nowhere"), "/nowhere: expected a folder"),
-        (("compress", "./nowhere", "-o", "{root}/x", "--recipe", "int8"), "expected a model folder or a .gguf file"),
+        (
+            ("compress", "./nowhere", "-o", "{root}/x", "--recipe", "int8"),
+            "expected a model folder or a .gguf file",
+        ),
         (("compress", "{root}/out", "-o", "{root}/x", "--recipe", "int8"), "compressed already"),
         (("compress", "{root}/float", "-o", "{root}/out", "--recipe", "int8"), "pass overwrite"),
-        (("compress", "{root}/float", "-o", "{root}/float", "--recipe", "int8", "--overwrite"), "not dcext's"),
+        (
+            ("compress", "{root}/float", "-o", "{root}/float", "--recipe", "int8", "--overwrite"),
+            "not dcext's",
+        ),
         (
             ("compress", "{root}/float", "-o", "{root}/x", "--recipe", "int8", "--codec", "lz4"),
             "codec: expected 'auto'",

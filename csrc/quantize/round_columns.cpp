@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "base/cpu_features.h"
-
 #define DCEXT_INLINE inline __attribute__((always_inline))
 #if defined(__clang__)
 #define DCEXT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
@@ -14,7 +12,8 @@
 namespace dcext {
 namespace {
 
-constexpr int64_t kLanes = 32;  // rows at a time: a block of 64 columns of them stays in the L1 cache
+constexpr int64_t kLanes =
+    32;  // rows at a time: a block of 64 columns of them stays in the L1 cache
 
 // 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 to the nearest integer, half to even, without SSE4.1.
 constexpr float kRounder = 12582912.0f;
@@ -32,7 +31,8 @@ DCEXT_INLINE void round_column(const RoundColumns& call, int64_t col, int64_t ro
   DCEXT_INDEPENDENT
   for (int64_t j = 0; j < n; ++j) {
     const float scaled = target[j] * inverse;
-    const float magnitude = std::min(scaled < 0 ? -scaled : scaled, kMaxLevel);
+    const float absolute = scaled < 0 ? -scaled : scaled;
+    const float magnitude = absolute < kMaxLevel ? absolute : kMaxLevel;  // NaN too becomes a level
     const float nearest = (magnitude + kRounder) - kRounder;
     const float rise = nearest - magnitude;
     const float level =
@@ -80,7 +80,7 @@ __attribute__((target("avx2"))) void round_lanes_avx2(const RoundColumns& call, 
 void round_columns(const RoundColumns& call, Executor& executor) {
   auto* lanes = &round_lanes_baseline;
 #if defined(__x86_64__)
-  if (isa_supported(Isa::kAvx2)) lanes = &round_lanes_avx2;
+  if (call.isa != Isa::kScalar) lanes = &round_lanes_avx2;
 #endif
   executor.run((call.rows + kLanes - 1) / kLanes,
                [&](int64_t index, int) { lanes(call, index * kLanes); });

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "base/cpu_features.h"
 #include "base/parallel.h"
 
 namespace dcext {
@@ -14,13 +15,16 @@ constexpr int64_t kNumLevels = 128;
 struct RoundColumns {
   int64_t rows;
   int64_t cols;
-  const float* weight;    ///< (cols, rows): what the errors are taken against
-  float* target;          ///< (cols, rows): weight corrected by the columns behind this block; destroyed
-  const float* feedback;  ///< (cols, cols) row-major: target[i] += error[k] * feedback[k, i] for i < k
-  const float* step;      ///< (cols,), positive
-  const float* pull;      ///< (kNumLevels,): a magnitude between level - 1 and level rounds down below the middle plus this
-  int8_t* q;              ///< (cols, rows): receives the integers, in [-127, 127]
-  float* error;           ///< (cols, rows): receives weight - q * step
+  const float* weight;  ///< (cols, rows): what the errors are taken against
+  float* target;  ///< (cols, rows): weight corrected by the columns behind this block; destroyed
+  const float*
+      feedback;       ///< (cols, cols) row-major: target[i] += error[k] * feedback[k, i] for i < k
+  const float* step;  ///< (cols,), positive
+  const float*
+      pull;  ///< (kNumLevels,): a magnitude between level - 1 and level rounds down below the middle plus this
+  int8_t* q;     ///< (cols, rows): receives the integers, in [-127, 127]
+  float* error;  ///< (cols, rows): receives weight - q * step
+  Isa isa;       ///< must be supported
 };
 
 /** Rounds the block. Rows do not depend on each other and float operations have one order: the same bits for every

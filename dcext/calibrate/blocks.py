@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,21 +24,24 @@ class Block:
     kwargs: dict[str, Any] | None = None
 
 
-class _Stop(Exception):
+class _StopEarlyError(Exception):
     """Ends a forward pass at the point of interest."""
 
 
 class _Stand(nn.Module):
     """Stands in for a block: records what it is called with and returns its input, or what it is told to."""
 
+    block: Block
+    on_call: Callable[[Tensor], Tensor]
+
     def __init__(self, block: Block) -> None:
         super().__init__()
-        object.__setattr__(self, "block", block)  # not a submodule: the model must not see its weights
-        object.__setattr__(self, "on_call", lambda hidden: hidden)
+        self.block = block  # a dataclass and so not a submodule: the model must not see its weights
+        self.on_call = lambda hidden: hidden
 
     def __getattr__(self, name: str) -> Any:
         # Models read attributes of their blocks, such as which kind of attention they have.
-        return getattr(self.block.module, name)
+        return getattr(self.__dict__["block"].module, name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.block.args, self.block.kwargs = args, kwargs
@@ -83,7 +87,7 @@ def block_inputs(model: nn.Module, blocks: list[Block], calibration: Tensor) -> 
         return hidden
 
     def stop(hidden: Tensor) -> Tensor:
-        raise _Stop
+        raise _StopEarlyError
 
     with _standing_in(model, blocks) as stands:
         stands[0].on_call = keep
@@ -91,10 +95,8 @@ def block_inputs(model: nn.Module, blocks: list[Block], calibration: Tensor) -> 
             stands[-1].on_call = stop
         else:
             stands[0].on_call = lambda hidden: stop(keep(hidden))
-        try:
+        with suppress(_StopEarlyError):
             _call(model, calibration)
-        except _Stop:
-            pass
     if not captured or any(block.kwargs is None for block in blocks):
         raise ValueError(
             f"calibration: expected {type(model).__name__} to call each of its {len(blocks)} blocks once, in order"
@@ -108,7 +110,8 @@ def outputs(
     """Runs what comes after the last block, a few windows at a time.
 
     Args:
-        model, blocks: as for ``block_inputs``.
+        model: as for ``block_inputs``.
+        blocks: as for ``block_inputs``.
         calibration: as for ``block_inputs``.
         hidden: what left the last block, of as many windows; may require gradients.
 
@@ -121,9 +124,13 @@ def outputs(
             yield hidden[part], part
             continue
         with _standing_in(model, blocks) as stands:
-            stands[-1].on_call = lambda entering, part=part: hidden[part].to(entering.dtype)
+            stands[-1].on_call = partial(_instead, hidden[part])
             output = _call(model, calibration[part])
         yield getattr(output, "logits", output), part
+
+
+def _instead(chosen: Tensor, entering: Tensor) -> Tensor:
+    return chosen.to(entering.dtype)
 
 
 def run_block(block: Block, module: nn.Module, hidden: Tensor) -> Tensor:

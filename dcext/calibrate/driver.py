@@ -146,12 +146,15 @@ def _run_block(
             for name, layer in linear_layers(block).items()
             if name in job.names
         }
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{name}: weight: expected finite values, got NaN or inf")
     coded: dict[str, CodedLayer] = {}
     with job.source.working_copy(block, dtype) as module:
         layers = linear_layers(Block(block.name, module))
 
         def quantize(names: list[str], x: Tensor) -> None:
-            statistics = InputStatistics(x.shape[-1])
+            statistics = InputStatistics(x.shape[-1], with_values=recipe.wants_values)
             statistics.update(x)
             group = {name: weights[name] for name in names}
             if trial and isinstance(recipe, PaperRecipe):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dcext.calibrate.sensitivity import Sensitivity
@@ -88,6 +89,7 @@ class RateRecipe:
     """Recipe ``rate``: equal slope over all rows of all layers, column steps from the inputs, error feedback."""
 
     name = "rate"
+    wants_values = False  # of the inputs: absmax
     feeds_back = True  # later layers are calibrated on the outputs of the compressed ones
 
     def __init__(self, config: CompressionConfig, sensitivity: Sensitivity) -> None:
@@ -105,9 +107,7 @@ class RateRecipe:
                 rows, cols = sample.shape
                 nbytes = HEADER_NBYTES + 2 * rows + (2 * cols if name == group[0] else 0)
                 normalized = sample.values / self._rows[name][sample.rows]
-                forecasts[name] = LayerForecast(
-                    normalized, rows * cols, 8 * nbytes / (rows * cols)
-                )
+                forecasts[name] = LayerForecast(normalized, rows * cols, 8 * nbytes / (rows * cols))
         self._sensitivity = sensitivity.output
         self._controller = RateController(forecasts, config.bits)
 
@@ -133,6 +133,7 @@ class RateRecipe:
         ordered = {name: weight[:, order] for name, weight in weights.items()}
         steps = plan_steps(ordered, factor, rows, scale)
         col_scale = steps.col_scale[order.argsort()]
+        eigenvalues = torch.linalg.eigvalsh(moment.float())
         coded = {}
         for i, (name, weight) in enumerate(weights.items()):
             quantized = round_to_steps(name, ordered[name], factor, steps)
@@ -143,12 +144,14 @@ class RateRecipe:
                     "damped, give more calibration text"
                 )
             layer = code_layer(name, quantized, self._config, self.name, owns_col_scale=i == 0)
-            self._describe(layer, weight, moment)
+            self._describe(layer, weight, moment, eigenvalues)
             self._controller.record(name, scale, layer.report.stored_nbytes)
             coded[name] = layer
         return coded
 
-    def _describe(self, layer: CodedLayer, weight: Tensor, moment: Tensor) -> None:
+    def _describe(
+        self, layer: CodedLayer, weight: Tensor, moment: Tensor, eigenvalues: Tensor
+    ) -> None:
         approximation = layer.quantized.dequantize()
         sensitivity = self._sensitivity[layer.report.name]
         error = weight - approximation
@@ -157,7 +160,9 @@ class RateRecipe:
         layer.report.output_snr_db = output_snr_db(weight, approximation, moment)
         layer.report.pruned_share = pruned_share(weight, layer.quantized)
         layer.report.expected_loss = distortion * weight.numel() / 2
-        layer.report.waterfilling_bits = waterfilling_bits(weight, moment, sensitivity, distortion)
+        layer.report.waterfilling_bits = waterfilling_bits(
+            weight, eigenvalues, sensitivity, distortion
+        )
 
     def fall_back(self, name: str, weight: Tensor, reason: str) -> CodedLayer:
         """Rounds a layer that calibration says nothing usable about."""
@@ -179,13 +184,14 @@ class PaperRecipe:
     """Recipe ``paper``: calibrated on the float model; every layer on its own, or one alpha for the model."""
 
     name = "paper"
+    wants_values = True
     feeds_back = False
     groups: dict[str, list[str]] | None = None  # found while the model runs
 
     def __init__(self, config: CompressionConfig) -> None:
         self._config = config
         self.trials: dict[str, list[dict[str, float]]] = {}
-        self._alpha = config.alpha if isinstance(config.alpha, float) else None
+        self._alpha = None if isinstance(config.alpha, str) else float(config.alpha)
 
     def try_alphas(self, weights: dict[str, Tensor], statistics: InputStatistics) -> None:
         """Measures every alpha on layers that read the same input, without quantizing them."""
@@ -198,13 +204,22 @@ class PaperRecipe:
                 | {"weights": weight.numel()}
                 for alpha in ALPHAS
                 for trial in [
-                    alpha_trial(weight, statistics.absmax, moment, alpha, self._config.sparsity)
+                    alpha_trial(
+                        weight,
+                        statistics.absmax,
+                        moment,
+                        alpha,
+                        self._config.sparsity,
+                        self._config.granularity,
+                    )
                 ]
             ]
 
     def choose_alpha(self) -> None:
         """Fixes the model's alpha from the trials of all its layers."""
         table = self.alphas()
+        if not table:  # no layer had usable inputs: all of them fall back
+            return
         self._alpha = min(table, key=lambda row: row["cost"])["alpha"]
 
     def alphas(self) -> list[dict[str, float]]:
@@ -216,7 +231,9 @@ class PaperRecipe:
             if total == 0:
                 return []
             bits = sum(t["bits"] * t["weights"] for t in trials) / total
-            log_error = sum(math.log2(max(t["error"], 1e-30)) * t["weights"] for t in trials) / total
+            log_error = (
+                sum(math.log2(max(t["error"], 1e-30)) * t["weights"] for t in trials) / total
+            )
             rows.append(
                 {
                     "alpha": alpha,
@@ -291,6 +308,6 @@ def _unusable(statistics: InputStatistics) -> str | None:
         return "no calibration token reached the layer"
     if not statistics.finite:
         return "NaN or infinity in the layer's inputs"
-    if not bool((statistics.absmax > 0).any()):
+    if statistics.zero:
         return "all inputs of the layer are zero"
     return None

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from dcext.format.mapped import SafetensorsFile
 
 KEY_NAME = "key.json"
 
@@ -55,10 +56,11 @@ class ResumeFolder:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                meta = json.loads(file.metadata()["json"])
-                return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError):
+            file = SafetensorsFile(path)
+            return {name: file.get(name) for name in file.names()}, json.loads(
+                file.metadata("json")
+            )
+        except ValueError:  # FormatError too
             return None
 
     def remove(self) -> None:
@@ -74,7 +76,7 @@ def job_key(model: nn.Module, calibration: Tensor, settings: dict[str, Any]) -> 
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:
-            digest.update(memoryview(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+            digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -56,7 +56,8 @@ def measure_sensitivity(
     normal noise, whose mean squares are those of the Jacobian.
 
     Args:
-        model, blocks: from ``find_blocks``.
+        model: any that ``find_blocks`` accepts.
+        blocks: from ``find_blocks``.
         source: gives each block's weights.
         calibration: as for ``block_inputs``.
         dtype: of the passes.
@@ -111,7 +112,7 @@ def _forward(block: Block, module: nn.Module, hidden: Tensor, result: Sensitivit
 
 def _pivots(x: Tensor) -> Tensor | None:
     """``L_kk`` of each input, in the inputs' own order; None where the second moment is unusable."""
-    statistics = InputStatistics(x.shape[-1])
+    statistics = InputStatistics(x.shape[-1], with_values=False)
     statistics.update(x)
     moment = statistics.second_moment
     try:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dcext.calibrate.blocks import Block
+from dcext.format.mapped import SafetensorsFile
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -77,8 +77,8 @@ class ShardSource(BlockSource):
         stats = [(name, (folder / name).stat()) for name in names]
         self._identity = str([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
         for name in names:
-            file = safe_open(folder / name, framework="pt")
-            self._files.update(dict.fromkeys(file.keys(), file))
+            file = SafetensorsFile(folder / name)
+            self._files.update(dict.fromkeys(file.names(), file))
         tied = set(dict(model.named_parameters(remove_duplicate=False))) - set(self._dtype)
         missing = sorted(set(self._dtype) - set(self._files) - tied)
         if missing:
@@ -88,7 +88,7 @@ class ShardSource(BlockSource):
         if getattr(module, "bias", None) is None:
             return None
         key = f"{name}.bias"
-        return self._files[key].get_tensor(key).to(self._dtype[key])
+        return self._files[key].get(key).to(self._dtype[key])
 
     def identity(self) -> str:
         return self._identity
@@ -96,7 +96,7 @@ class ShardSource(BlockSource):
     def fill_rest(self) -> None:
         for name, parameter in list(self._model.named_parameters()):
             if parameter.is_meta:
-                self._put(name, self._files[name].get_tensor(name))
+                self._put(name, self._files[name].get(name))
 
     @contextmanager
     def skeleton(self) -> Iterator[None]:
@@ -114,7 +114,7 @@ class ShardSource(BlockSource):
         empty: dict[str, nn.Parameter] = {}
         for name in names:
             if name in self._files:
-                empty[name] = self._put(name, self._files[name].get_tensor(name))
+                empty[name] = self._put(name, self._files[name].get(name))
         try:
             yield
         finally:

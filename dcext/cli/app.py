@@ -8,7 +8,7 @@ import sys
 import typer
 from rich.console import Console
 
-from dcext.cli import report, run, store
+from dcext.cli import analyze, report, run, store
 
 app = typer.Typer(
     name="dcext",
@@ -24,6 +24,7 @@ for command in (
     store.decompress,
     run.evaluate,
     run.generate,
+    analyze.analyze,
     report.info,
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)

@@ -57,11 +57,11 @@ def compress(
         float, typer.Option(help="Recipe paper: share of weights that become zero.")
     ] = 0.0,
     granularity: Annotated[
-        str | None,
+        str,
         typer.Option(
             help="Recipe int8: one scale per output row (most accurate) or per tensor (smaller)."
         ),
-    ] = None,
+    ] = "",
     codec: Annotated[str, typer.Option(help="auto, raw or zstd.")] = "auto",
     level: Annotated[
         int | None, typer.Option(help="Zstandard level 1 to 22; the default codes literals only.")
@@ -197,7 +197,7 @@ def _save(
 
 
 def _report_compressed(output: Path, report: Any, seconds: float, as_json: bool) -> None:
-    from dcext.cli.report import summarize, show_layers
+    from dcext.cli.report import show_layers, summarize
     from dcext.format import CheckpointReader
 
     reader = CheckpointReader(output)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from torch import Tensor
 
 from dcext.errors import FormatError
 from dcext.format.manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, hash_bytes, parse_manifest
+from dcext.format.mapped import map_file, tensor_view
 from dcext.format.safetensors_header import TensorInfo, header_nbytes, parse_header
 
 HASH_NBYTES = 4 << 20
@@ -87,11 +84,7 @@ class CheckpointReader:
 
     def _map(self, name: str) -> memoryview:
         if name not in self._views:
-            with open(self.directory / name, "rb") as file:
-                if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
-                    return memoryview(b"")
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._views[name] = memoryview(mapped)
+            self._views[name] = map_file(self.directory / name)
         return self._views[name]
 
     def names(self) -> list[str]:
@@ -133,15 +126,7 @@ class CheckpointReader:
             KeyError: no such tensor.
         """
         info = self._tensors[name]
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=info.dtype)
-        data = self._bytes(info)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            flat = torch.frombuffer(data, dtype=torch.uint8)
-        if info.offset % info.dtype.itemsize != 0:
-            flat = flat.clone()
-        return flat.view(info.dtype).reshape(info.shape)
+        return tensor_view(self._map(info.file), info)
 
     def _bytes(self, info: TensorInfo) -> memoryview:
         return self._map(info.file)[info.offset : info.offset + info.nbytes]

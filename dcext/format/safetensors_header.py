@@ -104,6 +104,12 @@ def parse_header(file: str, data: memoryview) -> dict[str, TensorInfo]:
     return infos
 
 
+def metadata_of(data: memoryview) -> dict[str, str]:
+    """The metadata of a file whose header ``parse_header`` accepted."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(bytes(data[8 : 8 + length])).get(METADATA_KEY, {})
+
+
 def _parse_entry(file: str, name: str, entry: Any, begin: int) -> TensorInfo:
     place = f"{file}: tensor {shorten(name)}"
     fields: dict[str, Any] = entry if isinstance(entry, dict) else {}

@@ -75,7 +75,9 @@ class CompressedModule(nn.Module):
             kind = type(self).__name__
             raise ValueError(f"{kind}: {name}: expected shape ({size},), got {tuple(vector.shape)}")
         # An unchanged tensor keeps its identity: layers that read the same input share their col_scale.
-        ready = vector.dtype == torch.float32 and vector.is_contiguous() and not vector.requires_grad
+        ready = (
+            vector.dtype == torch.float32 and vector.is_contiguous() and not vector.requires_grad
+        )
         return vector if ready else vector.detach().float().contiguous()
 
     @property

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dcext.quantize.rate import predicted_entropy
 
 FIRST_EXCESS_BITS = 0.04  # of stored size over the predicted entropy, before the first layer has told: coder, feedback
-SEARCH_STEPS = 60
+GRID_LOG2 = tuple(
+    k / 4 for k in range(-28, 17)
+)  # scales over a layer's rms at which its entropy is measured
 LEAST_BITS, MOST_BITS = 0.3, 7.5  # targets beyond these are refused
 
 
@@ -45,35 +49,41 @@ class RateController:
             raise ValueError(
                 f"target_bits: expected {LEAST_BITS} to {MOST_BITS} bits per weight, got {target_bits:.3f}"
             )
-        self._remaining = dict(forecasts)
+        self._curves = {name: _EntropyCurve(f) for name, f in forecasts.items()}
         self._budget = target_bits * sum(f.weights for f in forecasts.values())
         self._weights_done = 0
         self._excess_bits = 0.0
 
     def scale(self) -> float:
         """The scale for the next layers."""
-        low, high = 1e-12, 1e12
-        for _ in range(SEARCH_STEPS):
-            middle = (low * high) ** 0.5
-            if self._forecast(middle) > self._budget:
+        curves = list(self._curves.values())
+        starts = torch.tensor([curve.log2_rms for curve in curves], dtype=torch.float64)
+        bits = torch.stack([curve.bits for curve in curves])
+        weights = torch.tensor([curve.weights for curve in curves], dtype=torch.float64)
+        fixed = torch.tensor([curve.overhead_bits for curve in curves], dtype=torch.float64)
+        excess = self._excess_bits / self._weights_done if self._weights_done else FIRST_EXCESS_BITS
+        budget = self._budget - float(((fixed + excess) * weights).sum())
+        low, high = float(starts.min()) + GRID_LOG2[0], float(starts.max()) + GRID_LOG2[-1]
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            if float((_interpolate(bits, middle - starts) * weights).sum()) > budget:
                 low = middle
             else:
                 high = middle
-            if high < low * 1.0005:
-                break
-        return high
+        return 2.0**high
 
     def record(self, name: str, scale: float, stored_nbytes: int) -> None:
         """Tells what a layer took in the end, rounded at ``scale``."""
-        forecast = self._remaining.pop(name)
+        curve = self._curves.pop(name)
         self._budget -= 8 * stored_nbytes
-        predicted = predicted_entropy(forecast.sample, scale) + forecast.overhead_bits
-        self._excess_bits += 8 * stored_nbytes - predicted * forecast.weights
-        self._weights_done += forecast.weights
+        at = torch.tensor([math.log2(scale) - curve.log2_rms], dtype=torch.float64)
+        predicted = float(_interpolate(curve.bits[None], at)) + curve.overhead_bits
+        self._excess_bits += 8 * stored_nbytes - predicted * curve.weights
+        self._weights_done += curve.weights
 
     def skip(self, name: str, stored_nbytes: int) -> None:
         """Takes a layer out that was not rounded at any scale; its bytes still count."""
-        self._remaining.pop(name)
+        self._curves.pop(name)
         self._budget -= 8 * stored_nbytes
 
     def state(self) -> dict[str, float]:
@@ -90,11 +100,26 @@ class RateController:
         self._weights_done = int(state["weights_done"])
         self._excess_bits = state["excess_bits"]
         for name in done:
-            self._remaining.pop(name, None)
+            self._curves.pop(name, None)
 
-    def _forecast(self, scale: float) -> float:
-        excess = self._excess_bits / self._weights_done if self._weights_done else FIRST_EXCESS_BITS
-        return sum(
-            (predicted_entropy(f.sample, scale) + f.overhead_bits + excess) * f.weights
-            for f in self._remaining.values()
-        )
+
+class _EntropyCurve:
+    """A layer's entropy over the scale, measured once at the points of ``GRID_LOG2``."""
+
+    def __init__(self, forecast: LayerForecast) -> None:
+        rms = float(forecast.sample.square().mean().sqrt()) or 1.0
+        self.log2_rms = math.log2(rms)
+        self.weights = forecast.weights
+        self.overhead_bits = forecast.overhead_bits
+        bits = [predicted_entropy(forecast.sample, rms * 2.0**k) for k in GRID_LOG2]
+        # Below some scale int8 cannot hold the weights and entropy falls again; such scales are never wanted.
+        self.bits = torch.tensor(bits, dtype=torch.float64).flip(0).cummax(0)[0].flip(0)
+
+
+def _interpolate(bits: Tensor, at: Tensor) -> Tensor:
+    """Linear interpolation of each curve ``(layers, points)`` at its own ``log2(scale / rms)``."""
+    position = ((at - GRID_LOG2[0]) * 4).clamp(0, len(GRID_LOG2) - 1.001)
+    index = position.long()
+    left = bits.gather(1, index[:, None])[:, 0]
+    right = bits.gather(1, index[:, None] + 1)[:, 0]
+    return left + (right - left) * (position - index)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dcext.codec import entropy
 from dcext.quantize.feedback import MAX_LEVEL
 from dcext.quantize.quantized import QuantizedWeight, to_bfloat16_values
-from dcext.quantize.rate import predicted_entropy
-
-SEARCH_STEPS = 40
 
 
 def round_data_free(weight: Tensor, target_bits: float) -> QuantizedWeight:
@@ -35,17 +33,20 @@ def round_data_free(weight: Tensor, target_bits: float) -> QuantizedWeight:
     if not bool((rms > 0).any()):
         return QuantizedWeight(torch.zeros_like(weight, dtype=torch.int8), torch.ones_like(rms))
     shape = torch.where(rms > 0, rms, rms.max()).sqrt()
-    normalized = weight / shape[:, None]
-    low, high = float(normalized.abs().max()) / 1e6, float(normalized.abs().max()) * 2
-    for _ in range(SEARCH_STEPS):
+    least = weight.abs().amax(1) / MAX_LEVEL * 1.01
+
+    def rounded(scale: float) -> QuantizedWeight:
+        row_scale = to_bfloat16_values(torch.maximum(scale * shape, least))
+        levels = (weight / row_scale[:, None]).round_().clamp_(-MAX_LEVEL, MAX_LEVEL)
+        return QuantizedWeight(levels.to(torch.int8), row_scale)
+
+    # No row is clamped at any scale, so the entropy falls with it, and capped rows are made up for by the others.
+    high = 2 * float((weight / shape[:, None]).abs().max())
+    low = high * 1e-6
+    while high > low * 1.001:
         middle = (low * high) ** 0.5
-        if predicted_entropy(normalized.flatten(), middle) > target_bits:
+        if entropy(rounded(middle).qweight) > target_bits:
             low = middle
         else:
             high = middle
-        if high < low * 1.001:
-            break
-    least = weight.abs().amax(1) / MAX_LEVEL
-    row_scale = to_bfloat16_values(torch.maximum(high * shape, least * 1.01))
-    qweight = (weight / row_scale[:, None]).round_().clamp_(-MAX_LEVEL, MAX_LEVEL).to(torch.int8)
-    return QuantizedWeight(qweight, row_scale)
+    return rounded(high)

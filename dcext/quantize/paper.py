@@ -24,7 +24,7 @@ def importance_scale(absmax: Tensor, alpha: float) -> Tensor:
         ``(K,)`` float32, positive; values whose inverses are bfloat16's, so that ``col_scale = 1 / s`` costs 16 bits.
     """
     scale = torch.where(absmax > 0, absmax.float(), torch.ones_like(absmax, dtype=torch.float32))
-    return 1 / to_bfloat16_values(scale.pow(-alpha))
+    return 1 / to_bfloat16_values(scale.clamp(2.0**-120, 2.0**120).pow(-alpha))
 
 
 def quantize_scaled(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def quantize_paper(
     scale = importance_scale(absmax, alpha)
     qweight, row_scale = quantize_scaled(weight, scale)
     pruned = prune(qweight, absmax, sparsity, granularity)
-    return QuantizedWeight(pruned, row_scale, None if alpha == 0 else 1 / scale)
+    return QuantizedWeight(pruned, row_scale, None if alpha == 0 else to_bfloat16_values(1 / scale))
 
 
 def alpha_cost(bits: float, relative_error: float) -> float:
@@ -83,17 +83,27 @@ def alpha_cost(bits: float, relative_error: float) -> float:
 
 
 def alpha_trial(
-    weight: Tensor, absmax: Tensor, second_moment: Tensor, alpha: float, sparsity: float
+    weight: Tensor,
+    absmax: Tensor,
+    second_moment: Tensor,
+    alpha: float,
+    sparsity: float,
+    granularity: str = "tensor",
 ) -> tuple[float, float]:
     """Entropy and output error of one alpha.
 
     Args:
-        second_moment: ``(K, K)``, ``E[x x^T]``; the other arguments as above.
+        weight: ``(N, K)``.
+        absmax: ``(K,)``, ``max|X_i|``.
+        second_moment: ``(K, K)``, ``E[x x^T]``.
+        alpha: to try.
+        sparsity: of the pruning that follows.
+        granularity: of the sparsity.
 
     Returns:
         Order-0 entropy of the integers in bits, and ``E|(W - W^) x|^2 / E|W x|^2``.
     """
-    quantized = quantize_paper(weight, absmax, alpha, sparsity)
+    quantized = quantize_paper(weight, absmax, alpha, sparsity, granularity)
     counts = torch.bincount(quantized.qweight.flatten().int() + 127, minlength=255)
     moment, weight = second_moment.float(), weight.float()
     error = weight - quantized.dequantize()

@@ -48,7 +48,8 @@ def output_snr_db(weight: Tensor, approximation: Tensor, second_moment: Tensor) 
     """Power of the outputs over the power of their error, ``E|W x|^2 / E|(W - W^) x|^2``, in dB.
 
     Args:
-        weight, approximation: ``(N, K)``.
+        weight: ``(N, K)``.
+        approximation: ``(N, K)``.
         second_moment: ``(K, K)``, ``E[x x^T]``.
     """
     moment = second_moment.float()

@@ -10,8 +10,12 @@ from torch import Tensor
 from dcext.quantize.feedback import MAX_LEVEL, NUM_LEVELS, rate_pull, round_with_feedback
 from dcext.quantize.quantized import QuantizedWeight, entropy_of_counts, to_bfloat16_values
 
-OUTLIER_STEPS = 3.5  # (3.5^2 - 1) / (2 ln 2) = 8 bits: where a bfloat16 column pays against a coarser int8 one
-SAMPLE_WEIGHTS = 1 << 16  # of each layer, for forecasts
+OUTLIER_STEPS = (
+    3.5  # (3.5^2 - 1) / (2 ln 2) = 8 bits: where a bfloat16 column pays against a coarser int8 one
+)
+SAMPLE_WEIGHTS = 1 << 14  # of each layer, for forecasts
+ROW_CLASSES = 32  # of the water-filling reference
+OUTSIDE_STEP = 1e30  # rounds everything to zero
 HEADROOM = 120  # largest level planned for; the rest up to 127 is for what error feedback adds
 
 
@@ -74,9 +78,7 @@ def plan_steps(
     return Steps(rows, to_bfloat16_values(steps), outliers, int((needed > wanted).sum()))
 
 
-def round_to_steps(
-    name: str, weight: Tensor, factor: Tensor, steps: Steps
-) -> QuantizedWeight:
+def round_to_steps(name: str, weight: Tensor, factor: Tensor, steps: Steps) -> QuantizedWeight:
     """Rounds one layer with error feedback, then fits its row scales.
 
     Args:
@@ -87,18 +89,27 @@ def round_to_steps(
     """
     row_scale, col_scale = steps.row_scale[name], steps.col_scale
     outliers = steps.outliers[name].long()
-    kept = weight[:, outliers].to(torch.bfloat16)
-    if len(outliers):
-        weight = weight.clone()
-        weight[:, outliers] = 0
-    sample = (weight[::4] / row_scale[::4, None] / col_scale).abs().round_().clamp_(max=MAX_LEVEL)
+    inside = weight.index_fill(1, outliers, 0)
+    sample = (inside[::4] / row_scale[::4, None] / col_scale).abs().round_().clamp_(max=MAX_LEVEL)
     pull = rate_pull(torch.bincount(sample.flatten().int(), minlength=NUM_LEVELS))
-    qweight = round_with_feedback(weight, factor, row_scale, col_scale, pull)
-    qweight[:, outliers] = 0
-    fitted = fit_row_scale(weight, qweight, col_scale, factor, row_scale)
+    # Columns kept outside round to zero, and make no error that columns before them would correct.
+    taken = col_scale.index_fill(0, outliers, OUTSIDE_STEP)
+    qweight = round_with_feedback(inside, factor, row_scale, taken, pull)
+    fitted = fit_row_scale(inside, qweight, col_scale, factor, row_scale)
     if not len(outliers):
         return QuantizedWeight(qweight, fitted, col_scale)
-    return QuantizedWeight(qweight, fitted, col_scale, outliers.int(), kept.contiguous())
+    error = inside - qweight.float() * fitted[:, None] * col_scale
+    kept = weight[:, outliers] + _absorbed(error, factor, outliers)
+    return QuantizedWeight(
+        qweight, fitted, col_scale, outliers.int(), kept.to(torch.bfloat16).contiguous()
+    )
+
+
+def _absorbed(error: Tensor, factor: Tensor, columns: Tensor) -> Tensor:
+    """What to add to float columns so that they make up best for the errors of all others: ``E H_:O H_OO^-1``."""
+    mine = factor[columns]
+    cross = (error.double() @ factor) @ mine.t()
+    return torch.linalg.solve(mine @ mine.t(), cross, left=False).float()
 
 
 def fit_row_scale(
@@ -166,7 +177,7 @@ class WeightSample:
 
     Attributes:
         values: ``(n,)`` float32, weights times ``L_kk`` of their column: in units of their step at a row scale of 1.
-        rows: ``(n,)`` int64, the rows that they are from.
+        rows: ``(n,)`` int32, the rows that they are from.
         shape: of the layer.
     """
 
@@ -190,42 +201,43 @@ def sample_weights(weight: Tensor, pivots: Tensor, *, seed: int) -> WeightSample
         index = torch.randint(rows * cols, (SAMPLE_WEIGHTS,), generator=generator)
     row, col = index // cols, index % cols
     values = weight.detach()[row, col].float() * pivots[col]
-    return WeightSample(values, row, (rows, cols))
+    return WeightSample(values, row.int(), (rows, cols))
 
 
 def waterfilling_bits(
-    weight: Tensor, second_moment: Tensor, sensitivity: Tensor, distortion: float
+    weight: Tensor, eigenvalues: Tensor, sensitivity: Tensor, distortion: float
 ) -> float:
     """The fewest bits per weight for a Gaussian matrix with this row energy at this distortion, by reverse water-filling.
 
     The matrix is taken as Gaussian with independent entries, of variance ``v_n = mean_k w_nk^2`` in row n; errors are
     weighted by ``s_n`` and by the inputs' second moment, whose eigenvalues are ``h_k``. The components have variance
     ``s_n v_n h_k``; a water level theta gives each ``max(0, log2(s_n v_n h_k / theta) / 2)`` bits and distortion
-    ``min(theta, s_n v_n h_k)``.
+    ``min(theta, s_n v_n h_k)``. Rows of like energy are taken together, in ``ROW_CLASSES`` classes.
 
     Args:
         weight: ``(N, K)``.
-        second_moment: ``(K, K)`` float64.
+        eigenvalues: ``(K,)`` of the inputs' second moment.
         sensitivity: ``(N,)``, weights of the rows' errors.
         distortion: mean over the weights of the weighted error, ``sum_n s_n (e_n H e_n^T) / (N K)``.
 
     Source: Cover and Thomas, Elements of Information Theory, 10.3.3.
     """
-    eigenvalues = torch.linalg.eigvalsh(second_moment).clamp_min(0)
-    rows = sensitivity.double() * weight.double().square().mean(1)
-    variances = torch.outer(rows, eigenvalues).flatten()
-    variances = variances[variances > 0]
-    total = weight.numel()
-    if distortion * total >= float(variances.sum()):
+    energy = (sensitivity.double() * weight.float().square().mean(1).double()).sort()[0]
+    classes = energy.tensor_split(min(ROW_CLASSES, len(energy)))
+    means = torch.stack([part.mean() for part in classes])
+    counts = torch.tensor([len(part) for part in classes], dtype=torch.float64)
+    ascending, order = torch.outer(means, eigenvalues.double().clamp_min(1e-30)).flatten().sort()
+    times = counts[:, None].expand(-1, len(eigenvalues)).flatten()[order]
+    # The distortion if the level were at each component in turn; it grows with the level.
+    above = times.flip(0).cumsum(0).flip(0)
+    below = (ascending * times).cumsum(0) - ascending * times
+    total = distortion * weight.numel()
+    if total >= float((ascending * times).sum()):
         return 0.0
-    low, high = 0.0, float(variances.max())
-    for _ in range(100):
-        level = (low + high) / 2
-        if float(variances.clamp(max=level).sum()) < distortion * total:
-            low = level
-        else:
-            high = level
-    return float((variances / high).log2().clamp_min(0).sum()) / 2 / total
+    first = int(torch.searchsorted(below + ascending * above, total))
+    first = min(first, len(ascending) - 1)
+    level = (total - float(below[first])) / float(above[first])
+    return float(((ascending[first:] / level).log2() * times[first:]).sum()) / 2 / weight.numel()
 
 
 def predicted_entropy(normalized: Tensor, scale: float) -> float:

@@ -15,15 +15,26 @@ class InputStatistics:
     Attributes:
         tokens: how many inputs were seen.
         absmax: ``(K,)`` float32, ``max |x_i|``.
-        finite: whether all of them were finite; the rest is meaningless where not.
     """
 
-    def __init__(self, in_features: int, *, with_moment: bool = True) -> None:
+    def __init__(
+        self, in_features: int, *, with_moment: bool = True, with_values: bool = True
+    ) -> None:
+        """Starts with no input seen.
+
+        Args:
+            in_features: K.
+            with_moment: whether ``second_moment`` is wanted.
+            with_values: whether ``absmax`` and ``near_zero`` are.
+        """
         self.tokens = 0
-        self.finite = True
         self.absmax = torch.zeros(in_features)
+        self._finite = True
         self._near_zero = 0
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float64) if with_moment else None
+        self._with_values = with_values
+        self._sum = (
+            torch.zeros(in_features, in_features, dtype=torch.float64) if with_moment else None
+        )
 
     def update(self, x: Tensor) -> None:
         """Adds inputs.
@@ -32,15 +43,31 @@ class InputStatistics:
             x: ``(..., K)`` floating point. Not modified.
         """
         x = x.detach().reshape(-1, self.absmax.shape[0])
+        if x.shape[0] == 0:  # an expert that no token was sent to
+            return
+        self.tokens += x.shape[0]
         for chunk in x.split(CHUNK_TOKENS):
             chunk = chunk.float()
-            token_absmax = chunk.abs().amax(1, keepdim=True)
-            self.finite = self.finite and bool(torch.isfinite(token_absmax).all())
-            self.absmax = torch.maximum(self.absmax, chunk.abs().amax(0))
-            self._near_zero += int((chunk.abs() * 254 < token_absmax).sum())
-            self.tokens += chunk.shape[0]
+            if self._with_values:
+                magnitude = chunk.abs()
+                token_absmax = magnitude.amax(1, keepdim=True)
+                self._finite = self._finite and bool(torch.isfinite(token_absmax).all())
+                self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
+                self._near_zero += int((magnitude * 254 <= token_absmax).sum())
             if self._sum is not None:
                 self._sum += _gram(chunk)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all inputs were finite; the rest is meaningless where not."""
+        return self._finite and (self._sum is None or bool(torch.isfinite(self._sum).all()))
+
+    @property
+    def zero(self) -> bool:
+        """Whether all inputs were zero."""
+        if self._sum is not None:
+            return not bool((self._sum.diagonal() != 0).any())
+        return not bool((self.absmax > 0).any())
 
     @property
     def near_zero(self) -> float:
