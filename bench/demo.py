@@ -31,10 +31,12 @@ NEW_TOKENS = 32
 # Label and the options of `dcext compress`; None is the float model.
 ROWS: dict[str, list[str] | None] = {
     "float32": None,
-    "INT8 raw, per row": ["--granularity", "row", "--codec", "raw"],
-    "dcext, per row": ["--granularity", "row"],
-    "dcext, per tensor": ["--granularity", "tensor"],
+    "INT8 raw, per row": ["--recipe", "int8", "--codec", "raw"],
+    "INT8 coded, per row": ["--recipe", "int8"],
+    "rate, 5 bits": ["--bits", "5"],
+    "rate, ratio 2.2": ["--ratio", "2.2"],
 }
+ANSWERS = "rate, ratio 2.2"
 PROMPT = "Explain in one sentence why the sky is blue."
 
 
@@ -81,6 +83,10 @@ def unique_tensors(model: Any) -> list[Any]:
     return list({tensor.data_ptr(): tensor for tensor in tensors if tensor.numel()}.values())
 
 
+def folder_of(label: str, parent: Path) -> Path:
+    return parent / label.replace(" ", "-").replace(",", "")
+
+
 def measure_row(label: str, gguf: Path, folder: Path) -> dict[str, Any]:
     options = ROWS[label]
     row: dict[str, Any] = {
@@ -90,11 +96,14 @@ def measure_row(label: str, gguf: Path, folder: Path) -> dict[str, Any]:
     }
     source = str(gguf)
     if options is not None:
-        source = str(folder / label.replace(" ", "-").replace(",", ""))
+        source = str(folder_of(label, folder))
         print(f"\n{label}", file=sys.stderr)
+        if "int8" not in options:
+            options = [*options, "--calibration", str(wiki_text.enwik8_text("calibration"))]
         summary = json.loads(
             dcext("compress", str(gguf), "-o", source, *options, "--json", capture=True)
         )
+        row["compress_s"] = summary["seconds"]
         dcext("verify", source)
         row["disk_nbytes"] = summary["nbytes"]
         row["bits_per_weight"] = summary["bits_per_weight"]
@@ -120,6 +129,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     headings = (
         "on disk",
         "bits/weight",
+        "compressed in",
         "perplexity",
         "prefill",
         "generation",
@@ -133,6 +143,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             row["label"],
             f"{row['disk_nbytes'] / 1e6:.0f} MB",
             f"{row['bits_per_weight']:.2f}",
+            f"{row['compress_s']:.0f} s" if "compress_s" in row else "",
             f"{row['perplexity']:.2f}",
             f"{row['prefill_tokens_per_s']:.0f} tok/s",
             f"{row['generation_tokens_per_s']:.1f} tok/s",
@@ -161,11 +172,12 @@ def main() -> None:
         return
     gguf = fetch.smollm2_gguf()
     wiki_text.enwik8_text("evaluation")
+    wiki_text.enwik8_text("calibration")
     with tempfile.TemporaryDirectory(prefix="dcext-demo-") as folder:
         rows = [measure_row(label, gguf, Path(folder)) for label in ROWS]
         show(rows)
         print(f"\n> {PROMPT}")
-        last = str(Path(folder) / "dcext-per-row")
+        last = str(folder_of(ANSWERS, Path(folder)))
         dcext("generate", last, "--chat", "--prompt", PROMPT, "--max-new-tokens", "60")
     if arguments.output:
         report = {"hardware": hardware(), "rows": rows}

@@ -107,7 +107,7 @@ def _dcext(calibrated: bool = False, **choices: Any) -> Callable[[Subject, Advan
             progress=lambda _, share: advance(share * subject.num_weights()),
         )
         report: Any = model.dcext_report
-        nbytes = sum(layer.stored_nbytes for layer in dcext_layers(model))
+        nbytes = sum(layer.stored_nbytes for layer in report.layers)
         fallbacks = sum(layer.fallback is not None for layer in report.layers)
         note = f"{fallbacks} layers rounded otherwise" if fallbacks else ""
         return Applied(model, nbytes, note, report.waterfilling_gap_bits)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "third_party"))
 import fetch
 import stories
 import wiki_text
+from dcext.calibrate.text import text_windows
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 STORIES = "stories15M"
@@ -115,15 +116,13 @@ def _of_wikipedia(name: str, source: str, sizes: Sizes, note: str) -> Subject:
     model, tokenizer = load_float_model(source, "float32")
     sizes = _limited(sizes, model)
 
-    def tokens(part: str, count: int) -> Tensor:
-        text = wiki_text.enwik8_text(part).read_text(encoding="utf-8")[: BYTES_PER_TOKEN * count]
-        ids = torch.tensor(tokenizer(text, verbose=False).input_ids[:count])
-        if len(ids) < count:
-            raise ValueError(f"{part}: expected at least {count} tokens, found {len(ids)}")
-        return ids
-
-    evaluation = tokens("evaluation", sizes.evaluation)
-    calibration = tokens("calibration", sizes.calibration).view(-1, sizes.context)
+    text = wiki_text.enwik8_text("evaluation").read_text(encoding="utf-8")
+    ids = tokenizer(text[: BYTES_PER_TOKEN * sizes.evaluation], verbose=False).input_ids
+    if len(ids) < sizes.evaluation:
+        raise ValueError(f"evaluation: expected {sizes.evaluation} tokens, found {len(ids)}")
+    evaluation = torch.tensor(ids[: sizes.evaluation])
+    text = wiki_text.enwik8_text("calibration").read_text(encoding="utf-8")
+    calibration = text_windows(tokenizer, text, tokens=sizes.calibration, context=sizes.context)
     return Subject(name, model, sizes, evaluation, calibration, note)
 
 

@@ -92,7 +92,7 @@ def summarize(reader: Any, *, with_entropy: bool = False) -> dict[str, Any]:
 
 def _describe(reader: Any, name: str, info: dict[str, Any]) -> dict[str, Any]:
     stored = info["nbytes"]
-    for leaf in ("row_scale", "col_scale"):
+    for leaf in ("row_scale", "col_scale", "outlier_index", "outlier_weight"):
         if f"{name}.{leaf}" in reader:
             stored += reader.info(f"{name}.{leaf}").nbytes
     weights = info["shape"][0] * info["shape"][1]

@@ -263,7 +263,7 @@ def decompress(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Unpack to plain INT8 safetensors: N.weight (int8) and N.row_scale instead of N.payload."""
+    """Unpack to plain INT8 safetensors: N.weight (int8) instead of N.payload; scales and the rest stay."""
     import dcext
     from dcext.format import CheckpointReader, write_checkpoint
     from dcext.format.manifest import INDEX_NAME
