@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -130,10 +131,53 @@ def test_the_example_of_the_readme(folders, tmp_path, monkeypatch):
     )
     assert code.count("HuggingFaceTB/SmolLM2-135M-Instruct") == 2
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT * 40)
     names: dict = {}
     exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(folders / "float")), names)
     assert names["model"](torch.tensor([[1]])).logits.isfinite().all()
     assert CheckpointReader(tmp_path / "smollm2-dc").names()
+
+
+@pytest.fixture(scope="module")
+def calibration(folders):
+    path = folders / "calibration.txt"
+    path.write_text("\n".join(f"{i} bottles of beer on the wall" for i in range(900, 0, -1)))
+    return ("--calibration", path, "--calibration-tokens", 512, "--context", 64)
+
+
+def test_compress_with_calibration(folders, calibration, tmp_path):
+    plot = tmp_path / "bits.png"
+    arguments = ("-o", tmp_path / "out", *calibration, "--bits", 5.5, "--plot", plot)
+    report = run_json("compress", folders / "float", *arguments)
+    rows = [layer for layer in report["report"]["layers"] if layer["recipe"] == "rate"]
+    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    bits = 8 * sum(row["stored_nbytes"] for row in rows) / weights
+    assert bits == pytest.approx(5.5, rel=0.005)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    run("verify", tmp_path / "out")
+    assert not list(tmp_path.glob(".*resume*"))
+    inspected = run_json("inspect", tmp_path / "out")
+    assert inspected["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
+    arguments = ("-o", tmp_path / "sized", *calibration, "--size-mb", report["nbytes"] / 1e6)
+    sized = run_json("compress", folders / "float", *arguments)
+    assert sized["nbytes"] == pytest.approx(report["nbytes"], rel=0.05)  # half of it side files
+
+
+def test_interrupted_compress_goes_on(folders, calibration, tmp_path):
+    """Killed once a block is kept; the same command again ends with the bytes of a run that was let alone."""
+    run("compress", folders / "float", "-o", tmp_path / "whole", *calibration)
+    code = "from dcext.cli.app import main; main()"
+    arguments = ["compress", folders / "float", "-o", tmp_path / "out", *calibration]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    kept = tmp_path / ".out.dcext-resume" / "block-00000.safetensors"
+    while process.poll() is None and not kept.exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    run(*arguments)
+    data = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert data[0] == data[1]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +202,15 @@ def test_the_example_of_the_readme(folders, tmp_path, monkeypatch):
             ("compress", "{root}/float", "-o", "{root}/x", "--recipe", "int8", "--dtype", "int4"),
             "--dtype: expected one of",
         ),
+        (("compress", "{root}/float", "-o", "{root}/x"), "--calibration: recipe 'rate' expects"),
+        (
+            ("compress", "{root}/float", "-o", "{root}/x", "--calibration", "{root}/no.txt"),
+            "no.txt: expected a file",
+        ),
+        (
+            ("compress", "{root}/float", "-o", "{root}/x", "--calibration", "{root}/text.txt"),
+            "expected enough for 64 windows of 512 tokens",
+        ),
         (("inspect", "{root}/float"), "expected the manifest"),
         (("eval", "{root}/out", "--text", "{root}/no.txt"), "no.txt"),
     ],
@@ -174,7 +227,7 @@ def test_errors_are_one_line(folders, arguments, message):
 
 def test_usage_errors():
     assert "Missing option" in run("compress", "model", code=2).stderr
-    for command in ("compress", "inspect", "verify", "decompress", "eval", "generate", "info"):
+    for command in ("compress", "analyze", "inspect", "verify", "decompress", "eval", "generate", "info"):
         assert "Usage" in run(command, "--help").stdout
 
 
