@@ -23,9 +23,8 @@ from dcext.quantize.report import CompressionReport
 
 QUANT_METHOD = "dcext"
 REPORT_NAME = "compression_report.json"
-SIDE_NBYTES_PER_TENSOR = (
-    900  # of a float tensor that becomes three: headers, hashes, its row in the report
-)
+# Of a float tensor that becomes three: headers, hashes, its row in the report.
+SIDE_NBYTES_PER_TENSOR = 600
 
 
 def save_pretrained(
