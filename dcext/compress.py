@@ -18,6 +18,7 @@ from dcext.nn import DCEmbedding, DCLinear
 from dcext.nn.compressed import CompressedModule
 from dcext.quantize.control import FIRST_EXCESS_BITS
 from dcext.quantize.data_free import round_data_free
+from dcext.quantize.fold import READERS, fold_col_scales
 from dcext.quantize.quantized import QuantizedWeight
 from dcext.quantize.report import CompressionReport
 from dcext.quantize.rounding import quantize_absmax
@@ -172,6 +173,8 @@ class _Compression:
         self.source.fill_rest()
         for name, coded in others.items():
             self._put(name, coded)
+        if config.recipe == "paper":
+            self._fold_col_scales()
         setattr(self.model, REPORT_ATTRIBUTE, self.report)
 
     def _code_others(self) -> dict[str, CodedLayer]:
@@ -242,6 +245,14 @@ class _Compression:
                 remaining -= weight.numel()
                 self._put(name, coded)
                 self.progress(name, share * weight.numel() / total)
+
+    def _fold_col_scales(self) -> None:
+        layers = {layer.name: layer for layer in self.report.layers}
+        for block in self.blocks:
+            folded = fold_col_scales(block.module)
+            for first in (readers[0] for readers in READERS.values() if readers[0] in folded):
+                report = layers[f"{block.name}.{first}"]  # which the shared vector was counted with
+                report.stored_nbytes -= 2 * report.shape[1]
 
     def _put(self, name: str, coded: CodedLayer) -> None:
         """Replaces a module; a layer that shares another's payload is reported once."""

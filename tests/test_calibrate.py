@@ -19,6 +19,7 @@ from dcext.calibrate.sensitivity import measure_sensitivity
 from dcext.calibrate.source import BlockSource
 from dcext.compress import compressed_modules
 from dcext.hub import load_lazy_model
+from dcext.quantize.fold import fold_col_scales
 from dcext.quantize.report import CompressionReport
 
 transformers = pytest.importorskip("transformers")
@@ -268,6 +269,36 @@ def test_weights_that_stay_on_the_disk_give_the_same_model(tmp_path):
     dcext.compress_(model, config(), calibration(), source=source, resume_dir=tmp_path / "resume")
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     assert_same(model, dcext.compress_(reference, config(), calibration()))
+
+
+def test_paper_folds_what_norms_can_take(tmp_path):
+    """The same outputs as with the vectors kept, which stay where no norm feeds the layer alone."""
+    settings = dcext.CompressionConfig(recipe="paper", alpha=0.5)
+    model = dcext.compress_(wide_llama(), settings, calibration())
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    assert attention.q_proj.col_scale is attention.v_proj.col_scale is mlp.up_proj.col_scale is None
+    assert attention.o_proj.col_scale is not None
+    assert mlp.down_proj.col_scale is not None
+    half = dcext.compress_(wide_llama().bfloat16(), settings, calibration())
+    assert half.model.layers[1].self_attn.q_proj.col_scale is not None  # bfloat16 would lose digits
+    layers = {layer.name: layer for layer in model.dcext_report.layers}
+    modules = {n: m for n, m in compressed_modules(model).items() if "layers" in n}
+    assert all(layers[name].stored_nbytes == m.stored_nbytes for name, m in modules.items())
+    reference = logits(wide_llama())
+    assert (logits(model) - reference).norm() < 0.1 * reference.norm()
+    dcext.save_pretrained(model, tmp_path / "out")
+    assert torch.equal(logits(dcext.from_pretrained(tmp_path / "out")), logits(model))
+
+
+def test_folding_changes_nothing_but_rounding(monkeypatch):
+    monkeypatch.setattr("dcext.compress.fold_col_scales", lambda block: [])
+    settings = dcext.CompressionConfig(recipe="paper", alpha=0.5, activations="none")
+    model = dcext.compress_(wide_llama(), settings, calibration())
+    before = logits(model)
+    for block in model.model.layers:
+        assert len(fold_col_scales(block)) == 5
+    torch.testing.assert_close(logits(model), before)
+    assert fold_col_scales(model.model.layers[0]) == []
 
 
 def save_tokenizer(folder) -> None:

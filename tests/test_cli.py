@@ -227,7 +227,16 @@ def test_errors_are_one_line(folders, arguments, message):
 
 def test_usage_errors():
     assert "Missing option" in run("compress", "model", code=2).stderr
-    for command in ("compress", "analyze", "inspect", "verify", "decompress", "eval", "generate", "info"):
+    for command in (
+        "compress",
+        "analyze",
+        "inspect",
+        "verify",
+        "decompress",
+        "eval",
+        "generate",
+        "info",
+    ):
         assert "Usage" in run(command, "--help").stdout
 
 
