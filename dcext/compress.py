@@ -68,7 +68,7 @@ def compress_(
     Args:
         model: any module on the CPU. Modified in place, also when an exception ends the call halfway.
         config: what to do; the default is ``CompressionConfig()``, recipe ``rate``.
-        calibration: for ``rate`` and ``paper``: ``(windows, tokens)`` int64 token ids (32,768 tokens serve well), or
+        calibration: for ``rate`` and ``paper``: ``(windows, tokens)`` int64 token ids (49,152 tokens serve well), or
             float inputs of a model that does not take tokens.
         filter_fn: called with name and module; False leaves a module as it is.
         progress: called with what was just done and its share of all work.

@@ -209,7 +209,7 @@ def test_interrupted_compress_goes_on(folders, calibration, tmp_path):
         ),
         (
             ("compress", "{root}/float", "-o", "{root}/x", "--calibration", "{root}/text.txt"),
-            "expected enough for 64 windows of 512 tokens",
+            "expected enough for 96 windows of 512 tokens",
         ),
         (("inspect", "{root}/float"), "expected the manifest"),
         (("eval", "{root}/out", "--text", "{root}/no.txt"), "no.txt"),

@@ -569,3 +569,14 @@ def test_config_survives_json(changes):
 )
 def test_config_granularity_by_recipe(recipe, granularity):
     assert dcext.CompressionConfig(recipe=recipe).granularity == granularity
+
+
+def test_massive_tokens_count_as_the_most_power_allowed():
+    x = torch.randn(99, 8, generator=torch.Generator().manual_seed(0))
+    x[7] *= 1000
+    statistics = InputStatistics(8, with_values=False, most_power=10)
+    statistics.update(x)
+    power = x.double().square().sum(1)
+    factor = (10 * power.median() / power).clamp(max=1)
+    expected = (x.double().t() * factor) @ x.double() / len(x)
+    torch.testing.assert_close(statistics.second_moment, expected, rtol=1e-5, atol=1e-5)

@@ -32,7 +32,7 @@ class Sizes:
     """Tokens to evaluate, tokens to calibrate on, and tokens per window of both."""
 
     evaluation: int = 16_384
-    calibration: int = 32_768
+    calibration: int = 49_152
     context: int = 512
 
 

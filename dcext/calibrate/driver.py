@@ -25,7 +25,6 @@ from dcext.config import CompressionConfig
 from dcext.quantize.quantized import QuantizedWeight
 from dcext.quantize.rate import WeightSample
 from dcext.quantize.report import LayerReport
-from dcext.quantize.statistics import InputStatistics
 
 SENSITIVITY_TOKENS = 8192
 
@@ -154,7 +153,7 @@ def _run_block(
         layers = linear_layers(Block(block.name, module))
 
         def quantize(names: list[str], x: Tensor) -> None:
-            statistics = InputStatistics(x.shape[-1], with_values=recipe.wants_values)
+            statistics = recipe.statistics(x.shape[-1])
             statistics.update(x)
             group = {name: weights[name] for name in names}
             if trial and isinstance(recipe, PaperRecipe):

@@ -19,6 +19,7 @@ from dcext.quantize.feedback import cholesky_factor
 from dcext.quantize.paper import ALPHAS, alpha_cost, alpha_trial, quantize_paper
 from dcext.quantize.quantized import QuantizedWeight, output_snr_db
 from dcext.quantize.rate import (
+    MOST_POWER,
     plan_steps,
     restore_order,
     round_to_steps,
@@ -89,7 +90,6 @@ class RateRecipe:
     """Recipe ``rate``: equal slope over all rows of all layers, column steps from the inputs, error feedback."""
 
     name = "rate"
-    wants_values = False  # of the inputs: absmax
     feeds_back = True  # later layers are calibrated on the outputs of the compressed ones
 
     def __init__(self, config: CompressionConfig, sensitivity: Sensitivity) -> None:
@@ -110,6 +110,10 @@ class RateRecipe:
                 forecasts[name] = LayerForecast(normalized, rows * cols, 8 * nbytes / (rows * cols))
         self._sensitivity = sensitivity.output
         self._controller = RateController(forecasts, config.bits)
+
+    def statistics(self, in_features: int) -> InputStatistics:
+        """What is to be learnt of a layer's inputs."""
+        return InputStatistics(in_features, with_values=False, most_power=MOST_POWER)
 
     def quantize_group(
         self, weights: dict[str, Tensor], statistics: InputStatistics
@@ -184,7 +188,6 @@ class PaperRecipe:
     """Recipe ``paper``: calibrated on the float model; every layer on its own, or one alpha for the model."""
 
     name = "paper"
-    wants_values = True
     feeds_back = False
     groups: dict[str, list[str]] | None = None  # found while the model runs
 
@@ -192,6 +195,10 @@ class PaperRecipe:
         self._config = config
         self.trials: dict[str, list[dict[str, float]]] = {}
         self._alpha = None if isinstance(config.alpha, str) else float(config.alpha)
+
+    def statistics(self, in_features: int) -> InputStatistics:
+        """What is to be learnt of a layer's inputs."""
+        return InputStatistics(in_features)
 
     def try_alphas(self, weights: dict[str, Tensor], statistics: InputStatistics) -> None:
         """Measures every alpha on layers that read the same input, without quantizing them."""

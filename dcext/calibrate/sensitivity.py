@@ -19,7 +19,7 @@ from dcext.calibrate.blocks import (
 )
 from dcext.calibrate.source import BlockSource
 from dcext.quantize.feedback import cholesky_factor
-from dcext.quantize.rate import WeightSample, rounding_order, sample_weights
+from dcext.quantize.rate import MOST_POWER, WeightSample, rounding_order, sample_weights
 from dcext.quantize.statistics import InputStatistics
 
 
@@ -112,7 +112,7 @@ def _forward(block: Block, module: nn.Module, hidden: Tensor, result: Sensitivit
 
 def _pivots(x: Tensor) -> Tensor | None:
     """``L_kk`` of each input, in the inputs' own order; None where the second moment is unusable."""
-    statistics = InputStatistics(x.shape[-1], with_values=False)
+    statistics = InputStatistics(x.shape[-1], with_values=False, most_power=MOST_POWER)
     statistics.update(x)
     moment = statistics.second_moment
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 FIRST_CHARS_PER_TOKEN = 8  # of a slice; doubled until it gives a whole window
 
 
-def text_windows(tokenizer: Any, text: str, *, tokens: int = 32768, context: int = 512) -> Tensor:
+def text_windows(tokenizer: Any, text: str, *, tokens: int = 49152, context: int = 512) -> Tensor:
     """Windows of tokens spread evenly over a text, each starting at the beginning of a line.
 
     Spread windows see more of the text's variety than its first tokens do, which is worth as much as twice the tokens.

@@ -38,7 +38,7 @@ def compress(
     ] = None,
     calibration_tokens: Annotated[
         int, typer.Option(help="Tokens to calibrate on, spread over the text.", min=64)
-    ] = 32768,
+    ] = 49152,
     context: Annotated[int, typer.Option(help="Tokens of a calibration window.", min=8)] = 512,
     bits: Annotated[
         float | None,

@@ -13,6 +13,7 @@ from dcext.quantize.quantized import QuantizedWeight, entropy_of_counts, to_bflo
 OUTLIER_STEPS = (
     3.5  # (3.5^2 - 1) / (2 ln 2) = 8 bits: where a bfloat16 column pays against a coarser int8 one
 )
+MOST_POWER = 10.0  # of a token in second moments, over the median
 SAMPLE_WEIGHTS = 1 << 14  # of each layer, for forecasts
 ROW_CLASSES = 32  # of the water-filling reference
 OUTSIDE_STEP = 1e30  # rounds everything to zero

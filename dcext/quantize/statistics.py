@@ -18,7 +18,12 @@ class InputStatistics:
     """
 
     def __init__(
-        self, in_features: int, *, with_moment: bool = True, with_values: bool = True
+        self,
+        in_features: int,
+        *,
+        with_moment: bool = True,
+        with_values: bool = True,
+        most_power: float | None = None,
     ) -> None:
         """Starts with no input seen.
 
@@ -26,7 +31,10 @@ class InputStatistics:
             in_features: K.
             with_moment: whether ``second_moment`` is wanted.
             with_values: whether ``absmax`` and ``near_zero`` are.
+            most_power: a token with more than so many times the median power of its chunk counts in the moment as one
+                with just that: the few massive activations of a model carry most of its power and little of its loss.
         """
+        self._most_power = most_power
         self.tokens = 0
         self.absmax = torch.zeros(in_features)
         self._finite = True
@@ -55,7 +63,7 @@ class InputStatistics:
                 self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
                 self._near_zero += int((magnitude * 254 <= token_absmax).sum())
             if self._sum is not None:
-                self._sum += _gram(chunk)
+                self._sum += _gram(_limited(chunk, self._most_power))
 
     @property
     def finite(self) -> bool:
@@ -84,6 +92,17 @@ class InputStatistics:
         if self._sum is None or self.tokens == 0:
             raise ValueError(f"second_moment: expected inputs, got {self.tokens} tokens")
         return self._sum / self.tokens
+
+
+def _limited(x: Tensor, most_power: float | None) -> Tensor:
+    """Tokens ``(n, K)``, those of more than ``most_power`` times the median power scaled down to it."""
+    if most_power is None:
+        return x
+    power = x.square().sum(1)
+    most = most_power * power.median()
+    if most == 0 or not bool((power > most).any()):
+        return x
+    return x * (most / power).clamp(max=1).sqrt()[:, None]
 
 
 def _gram(x: Tensor) -> Tensor:
