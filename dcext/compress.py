@@ -173,6 +173,7 @@ class _Compression:
         self.source.fill_rest()
         for name, coded in others.items():
             self._put(name, coded)
+        forget_ties(self.model, set(compressed_modules(self.model)))
         if config.recipe == "paper":
             self._fold_col_scales()
         setattr(self.model, REPORT_ATTRIBUTE, self.report)
@@ -282,6 +283,15 @@ def _compressed_module(
         dtype = module.weight.dtype
         replacement = DCLinear(coded.payload, *scales, bias, activations, dtype, outliers)
     return replacement.train(module.training)
+
+
+def forget_ties(model: nn.Module, names: set[str]) -> None:
+    """Takes compressed layers out of what a transformers model ties: they share a payload, and have no weight to tie."""
+    for keys in ("_tied_weights_keys", "all_tied_weights_keys"):
+        tied = getattr(model, keys, None)
+        if isinstance(tied, dict):
+            left = {a: b for a, b in tied.items() if a.removesuffix(".weight") not in names}
+            setattr(model, keys, left or ({} if keys.startswith("all") else None))
 
 
 def _check_ties(model: nn.Module, modules: dict[str, nn.Linear | nn.Embedding]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dcext.codec import payload_info, verify_payload
-from dcext.compress import REPORT_ATTRIBUTE, compressed_modules
+from dcext.compress import REPORT_ATTRIBUTE, compressed_modules, forget_ties
 from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.format import CheckpointReader, write_checkpoint
@@ -125,6 +125,7 @@ def from_pretrained(
     model = _skeleton(directory, model_config, generation_config)
     loader = _Loader(reader, quantization, progress or (lambda nbytes: None))
     loader.load_into(model)
+    forget_ties(model, set(compressed_modules(model)))
     if dtype is not None:
         model.to(dtype)
     return model.eval()

@@ -162,6 +162,14 @@ def test_loading_does_not_depend_on_the_files_afterwards(copied, checkpoint):
     assert torch.equal(logits(model), checkpoint[1])
 
 
+def test_ties_are_no_longer_made(checkpoint):
+    """Harnesses call it on every model that they are given."""
+    for model in (dcext.compress_(tiny_llama(), INT8), dcext.from_pretrained(checkpoint[0])):
+        before = logits(model)
+        model.tie_weights()
+        assert torch.equal(logits(model), before)
+
+
 def test_generate(checkpoint):
     model = dcext.from_pretrained(checkpoint[0])
     tokens = model.generate(
