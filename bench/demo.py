@@ -32,11 +32,10 @@ NEW_TOKENS = 32
 ROWS: dict[str, list[str] | None] = {
     "float32": None,
     "INT8 raw, per row": ["--recipe", "int8", "--codec", "raw"],
-    "INT8 coded, per row": ["--recipe", "int8"],
-    "rate, 5 bits": ["--bits", "5"],
-    "rate, ratio 2.2": ["--ratio", "2.2"],
+    "dcext int8, per tensor": ["--recipe", "int8", "--granularity", "tensor"],
+    "dcext rate, ratio 2.2": ["--ratio", "2.2"],
 }
-ANSWERS = "rate, ratio 2.2"
+ANSWERS = "dcext rate, ratio 2.2"
 PROMPT = "Explain in one sentence why the sky is blue."
 
 

@@ -170,7 +170,7 @@ def _run_block(
             hidden = run_block(block, module, hidden)
         visitor.flush()
     if not trial:
-        for name in weights.keys() - coded.keys():
+        for name in [name for name in weights if name not in coded]:
             reason = "no calibration token reached the layer"
             coded[name] = recipe.fall_back(name, weights[name], reason)
     return {name: coded[name] for name in weights if name in coded}, hidden

@@ -10,9 +10,8 @@ from torch import Tensor
 from dcext.quantize.feedback import MAX_LEVEL, NUM_LEVELS, rate_pull, round_with_feedback
 from dcext.quantize.quantized import QuantizedWeight, entropy_of_counts, to_bfloat16_values
 
-OUTLIER_STEPS = (
-    3.5  # (3.5^2 - 1) / (2 ln 2) = 8 bits: where a bfloat16 column pays against a coarser int8 one
-)
+# Where a bfloat16 column pays against a coarser int8 one: 8 bits more are worth (3.5^2 - 1) / (2 ln 2) of its error.
+OUTLIER_STEPS = 3.5
 MOST_POWER = 10.0  # of a token in second moments, over the median
 SAMPLE_WEIGHTS = 1 << 14  # of each layer, for forecasts
 ROW_CLASSES = 32  # of the water-filling reference
