@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +121,7 @@ class ShardSource(BlockSource):
         finally:
             for name, parameter in empty.items():
                 self._restore(name, parameter)
+            _return_free_memory()
 
     def _put(self, name: str, value: Tensor) -> nn.Parameter:
         parent, _, leaf = name.rpartition(".")
@@ -142,3 +144,12 @@ class ShardSource(BlockSource):
             for key, parameter in owner._parameters.items():
                 if parameter is filled:
                     owner._parameters[key] = old
+
+
+def _return_free_memory() -> None:
+    """Lets glibc give freed pages back: blocks come and go, and its heap would keep several of them."""
+    trim = getattr(
+        ctypes.CDLL(None), "malloc_trim", None
+    )  # other C libraries have none, and no such heap
+    if trim is not None:
+        trim(0)
