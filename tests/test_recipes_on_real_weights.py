@@ -75,6 +75,7 @@ def test_the_papers_ratio_rises_with_alpha_and_with_sparsity(first_blocks, calib
 
 
 @pytest.mark.parametrize("bits", [2.5, 3.64])
+@torch.no_grad()
 def test_rate_meets_its_target_and_loses_less_than_rounding(first_blocks, calibration, bits):
     losses = {}
     reference = first_blocks()(calibration[:2]).logits.log_softmax(-1)

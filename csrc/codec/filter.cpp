@@ -5,13 +5,7 @@
 #include <cstdlib>
 
 #include "base/cpu_features.h"
-
-#define DCEXT_INLINE inline __attribute__((always_inline))
-#if defined(__clang__)
-#define DCEXT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define DCEXT_INDEPENDENT _Pragma("GCC ivdep")
-#endif
+#include "base/vectorize.h"
 
 namespace dcext {
 namespace {

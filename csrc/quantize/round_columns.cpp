@@ -2,18 +2,13 @@
 
 #include <algorithm>
 
-#define DCEXT_INLINE inline __attribute__((always_inline))
-#if defined(__clang__)
-#define DCEXT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define DCEXT_INDEPENDENT _Pragma("GCC ivdep")
-#endif
+#include "base/vectorize.h"
 
 namespace dcext {
 namespace {
 
-constexpr int64_t kLanes =
-    32;  // rows at a time: a block of 64 columns of them stays in the L1 cache
+// Rows at a time: a block of 64 columns of them stays in the L1 cache.
+constexpr int64_t kLanes = 32;
 
 // 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 to the nearest integer, half to even, without SSE4.1.
 constexpr float kRounder = 12582912.0f;

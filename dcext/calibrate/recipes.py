@@ -37,7 +37,7 @@ HEADER_NBYTES = 64 + 64  # of a payload: header, and a chunk's table entry with 
 
 @dataclass
 class CodedLayer:
-    """A layer's quantized weight with its payload; the integers themselves are dropped."""
+    """A layer's quantized weight and the payload that codes it. Read back from a folder, it has no integers."""
 
     payload: Tensor
     quantized: QuantizedWeight
