@@ -39,7 +39,7 @@ TORCH_LIBRARY(dcext, m) {
       "ScalarType dtype) -> Tensor");
   m.def(
       "round_columns_(Tensor weight, Tensor(a!) target, Tensor feedback, Tensor step, Tensor pull, "
-      "Tensor(b!) q, Tensor(c!) error) -> ()");
+      "Tensor(b!) q, Tensor(c!) error, Tensor? row_feedback=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(dcext, CPU, m) {

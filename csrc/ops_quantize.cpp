@@ -19,11 +19,26 @@ void check_matrix(const char* argument, const at::Tensor& matrix, int64_t rows, 
                     ", ", cols, "], got shape ", matrix.sizes(), " on ", matrix.device());
 }
 
+void set_row_feedback(const at::Tensor& row_feedback, RoundColumns& call) {
+  TORCH_CHECK_TYPE(row_feedback.scalar_type() == at::kFloat, kOp,
+                   ": row_feedback: expected Float, got ", row_feedback.scalar_type());
+  const int64_t size = row_feedback.dim() == 3 ? row_feedback.size(1) : 0;
+  TORCH_CHECK_VALUE(
+      size > 0 && size <= kMaxRowBlock && size % kRowGroup == 0 && row_feedback.size(2) == size &&
+          row_feedback.size(0) == (call.rows + size - 1) / size && row_feedback.is_cpu() &&
+          row_feedback.is_contiguous(),
+      kOp, ": row_feedback: expected a contiguous CPU tensor of shape [blocks, size, size] for ",
+      call.rows, " rows, size a multiple of ", kRowGroup, " up to ", kMaxRowBlock, ", got shape ",
+      row_feedback.sizes(), " on ", row_feedback.device());
+  call.row_feedback = row_feedback.const_data_ptr<float>();
+  call.row_block = size;
+}
+
 }  // namespace
 
 void round_columns_op(const at::Tensor& weight, at::Tensor target, const at::Tensor& feedback,
                       const at::Tensor& step, const at::Tensor& pull, at::Tensor q,
-                      at::Tensor error) {
+                      at::Tensor error, const std::optional<at::Tensor>& row_feedback) {
   TORCH_CHECK_VALUE(weight.dim() == 2, kOp, ": weight: expected 2 dimensions, got ", weight.dim());
   const int64_t cols = weight.size(0), rows = weight.size(1);
   check_matrix("weight", weight, cols, rows, at::kFloat);
@@ -41,6 +56,7 @@ void round_columns_op(const at::Tensor& weight, at::Tensor target, const at::Ten
   call.pull = vector_data(kOp, "pull", pull, kNumLevels, at::kCPU);
   call.q = q.mutable_data_ptr<int8_t>();
   call.error = error.mutable_data_ptr<float>();
+  if (row_feedback.has_value()) set_row_feedback(*row_feedback, call);
   call.isa = selected_isa();
   TorchExecutor executor;
   round_columns(call, executor);

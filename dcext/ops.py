@@ -22,7 +22,9 @@ or ``TypeError``; ``linear`` and ``embedding`` trust the checksums that were ver
 float32; ``target``, the same corrected by the columns behind the block, destroyed; ``feedback`` (cols, cols), whose
 ``[k, i]`` says how the error of column k moves the target of column i < k; ``step`` (cols,), positive; ``pull`` (128,),
 by how much a magnitude may lie above the middle between two levels, in steps, and still go to the lower one. It fills
-``q`` (cols, rows) int8 in [-127, 127] and ``error = weight - q * step``.
+``q`` (cols, rows) int8 in [-127, 127] and ``error = weight - q * step``. ``row_feedback`` (blocks, size, size), size a
+multiple of 8 up to 256, makes rows correct each other within blocks of ``size``: ``[n, m]``, nonzero for m < n only,
+says how ``target - q * step`` of row n moves the target of row m; rows go from the last to the first.
 """
 
 from __future__ import annotations
@@ -98,5 +100,6 @@ def _(
     pull: Tensor,
     q: Tensor,
     error: Tensor,
+    row_feedback: Tensor | None = None,
 ) -> None:
     return None

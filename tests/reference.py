@@ -47,13 +47,30 @@ def round_levels(scaled: Tensor, pull: Tensor) -> Tensor:
 
 
 def round_columns(
-    weight: Tensor, target: Tensor, feedback: Tensor, step: Tensor, pull: Tensor
+    weight: Tensor,
+    target: Tensor,
+    feedback: Tensor,
+    step: Tensor,
+    pull: Tensor,
+    row_feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``q`` and ``error`` of the operator ``round_columns_``, columns last to first."""
+    """``q`` and ``error`` of the operator ``round_columns_``, columns last to first, and in each the
+    rows last to first.
+    """
     weight, target, step = weight.double(), target.double().clone(), step.double()
+    cols, rows = weight.shape
     q, error = torch.zeros_like(weight), torch.zeros_like(weight)
-    for k in reversed(range(weight.shape[0])):
-        q[k] = round_levels(target[k] / step[k], pull)
+    for k in reversed(range(cols)):
+        if row_feedback is None:
+            q[k] = round_levels(target[k] / step[k], pull)
+        else:
+            size = row_feedback.shape[1]
+            correction = torch.zeros(rows, dtype=torch.float64)
+            for n in reversed(range(rows)):
+                q[k, n] = round_levels((target[k, n] + correction[n]) / step[k], pull)
+                first = n // size * size
+                factors = row_feedback[n // size, n - first, : n - first].double()
+                correction[first:n] += (target[k, n] - q[k, n] * step[k]) * factors
         error[k] = weight[k] - q[k] * step[k]
         for i in range(k):
             target[i] += error[k] * feedback[k, i].double()
@@ -78,20 +95,35 @@ def round_with_feedback(
     return q
 
 
+def full_matrix(blocks: Tensor, rows: int) -> Tensor:
+    """``(N, N)`` of its blocks on the diagonal, without what lies behind the last row."""
+    return torch.block_diag(*blocks)[:rows, :rows]
+
+
 def feedback_targets(
-    weight: Tensor, approximation: Tensor, factor: Tensor
+    weight: Tensor, approximation: Tensor, factor: Tensor, row_factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What every column should have been rounded from, given what became of those behind it.
+    """What every weight should have been rounded from, given what became of those behind it: in its
+    row, and in the rows behind it.
 
     Returns:
         ``(N, K)`` targets, and how far from them float32 may have ended up: one rounding for each
-        of K sums and fewer than 16 for what goes into them.
+        of K sums, and of N if rows correct each other, and fewer than 16 for what goes into them.
     """
-    behind = (factor / factor.diagonal()).tril(-1)
-    weight = weight.double()
+    unit = factor / factor.diagonal()
+    behind = unit.tril(-1)
+    weight, roundings = weight.double(), factor.shape[0] + 16
     error = weight - approximation.double()
-    magnitude = weight.abs() + (weight.abs() + approximation.double().abs()) @ behind.abs()
-    return weight + error @ behind, (factor.shape[0] + 16) * UNIT * magnitude
+    target = weight + error @ behind
+    sizes = weight.abs() + approximation.double().abs()
+    magnitude = weight.abs() + sizes @ behind.abs()
+    if row_factor is not None:
+        rows = full_matrix(row_factor, weight.shape[0])
+        from_rows = (rows / rows.diagonal()).tril(-1).T
+        target = target + from_rows @ (error @ unit)
+        magnitude = magnitude + from_rows.abs() @ (sizes @ unit.abs())
+        roundings += weight.shape[0]
+    return target, roundings * UNIT * magnitude
 
 
 def output_error(weight: Tensor, approximation: Tensor, second_moment: Tensor) -> float:
@@ -123,31 +155,30 @@ def entropy(values: Tensor) -> float:
     return float(-(p * np.log2(p)).sum())
 
 
-def waterfilling_bits(
-    weight: Tensor, eigenvalues: Tensor, sensitivity: Tensor, distortion: float
-) -> float:
+def waterfilling_bits(energies: Tensor, eigenvalues: Tensor, distortion: float) -> float:
     """Reverse water-filling with the level found exactly: components below it keep all of their
     variance.
     """
-    rows = sensitivity.double() * weight.double().square().mean(1)
-    variances = torch.outer(rows, eigenvalues.double()).flatten()
+    variances = torch.outer(energies.double(), eigenvalues.double()).flatten()
     variances = np.sort(variances.clamp_min(0).numpy())
-    budget = distortion * weight.numel()
+    budget = distortion * len(variances)
     for below in range(len(variances)):
         level = (budget - variances[:below].sum()) / (len(variances) - below)
         if level <= variances[below]:
-            return float(np.log2(variances[below:] / level).sum() / 2 / weight.numel())
+            return float(np.log2(variances[below:] / level).sum() / 2 / len(variances))
     return 0.0
 
 
-def fit_row_scale(weight: Tensor, qweight: Tensor, col_scale: Tensor, factor: Tensor) -> Tensor:
-    """Least squares, row by row: ``min_r |(w - r q diag(c)) L|``."""
-    fitted = []
-    for row, integers in zip(weight.double(), qweight.double(), strict=True):
-        column = (integers * col_scale.double()) @ factor
-        solution = np.linalg.lstsq(column[:, None].numpy(), (row @ factor).numpy(), rcond=None)
-        fitted.append(solution[0][0])
-    return torch.tensor(np.array(fitted))
+def fit_row_scale(
+    weight: Tensor, qweight: Tensor, col_scale: Tensor, factor: Tensor, row_factor: Tensor
+) -> Tensor:
+    """Least squares over all rows at once: ``min_r |A^T (W - diag(r) Q diag(c)) L|``."""
+    left = full_matrix(row_factor, weight.shape[0]).T
+    columns = (qweight.double() * col_scale.double()) @ factor
+    # Column n of the system: what one unit of row n's scale changes in every entry of the product.
+    system = torch.einsum("mn,nk->mkn", left, columns).flatten(0, 1)
+    target = (left @ (weight.double() @ factor)).flatten()
+    return torch.tensor(np.linalg.lstsq(system.numpy(), target.numpy(), rcond=None)[0])
 
 
 def int8_zero_share(x: Tensor) -> float:

@@ -81,12 +81,23 @@ def real_case(rows: int, cols: int, seed: int = 0) -> dict:
     }
 
 
+def with_rows(case: dict, size: int, seed: int, exact: bool = True) -> dict:
+    """The case with ``row_feedback`` for blocks of ``size`` rows."""
+    blocks = range(-(-case["weight"].shape[1] // size))
+    if exact:
+        feedback = [sparse_feedback(size, seed + 2 * i) for i in blocks]
+    else:
+        noise = [torch.randn(size, size, generator=seeded(seed + i)) for i in blocks]
+        feedback = [matrix.tril(-1) / size**0.5 for matrix in noise]
+    return {**case, "row_feedback": torch.stack(feedback)}
+
+
 def run_op(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """``q`` and ``error``; of what is passed, only ``target`` may change."""
     arguments = {name: tensor.clone() for name, tensor in case.items()}
     q = torch.full_like(case["weight"], 99, dtype=torch.int8)
     error = torch.full_like(case["weight"], float("nan"))
-    torch.ops.dcext.round_columns_(*arguments.values(), q, error)
+    torch.ops.dcext.round_columns_(**arguments, q=q, error=error)
     assert all(torch.equal(arguments[name], case[name]) for name in case if name != "target")
     return q, error
 
@@ -109,6 +120,19 @@ def test_op_is_the_plain_loop_where_float32_is_exact(isa, rows, cols, pulled):
     expected_q, expected_error = reference.round_columns(**case)
     assert torch.equal(q.double(), expected_q)
     assert torch.equal(error.double(), expected_error)
+
+
+@pytest.mark.parametrize("size", [8, 64, 256])
+@pytest.mark.parametrize("rows", [1, 8, 31, 200])
+def test_op_is_the_plain_loop_where_rows_correct_each_other(isa, rows, size):
+    case = with_rows(exact_case(rows, 12, pull=some_pull(5), seed=rows), size, seed=size)
+    q, error = run_op(case)
+    expected_q, expected_error = reference.round_columns(**case)
+    assert torch.equal(q.double(), expected_q)
+    assert torch.equal(error.double(), expected_error)
+    if rows > 8:
+        without = {name: value for name, value in case.items() if name != "row_feedback"}
+        assert not torch.equal(run_op(without)[0], q)
 
 
 @settings(max_examples=40, deadline=None)
@@ -156,9 +180,12 @@ def test_op_thresholds_are_the_middles_plus_pull(sixtyfourths, seed):
     assert torch.equal(q.double(), reference.round_levels(values, pull))
 
 
-def test_op_gives_the_same_bits_for_every_isa_and_number_of_threads():
+@pytest.mark.parametrize("size", [0, 64])
+def test_op_gives_the_same_bits_for_every_isa_and_number_of_threads(size):
     threads, before = torch.get_num_threads(), _C.selected_isa()
     case = real_case(200, 64)
+    if size:
+        case = with_rows(case, size, seed=9, exact=False)
     outputs = []
     try:
         for name in ISAS:
@@ -224,20 +251,35 @@ def test_op_survives_what_is_not_finite():
         ("q", lambda t: t.T.contiguous().T, ValueError, "q: expected a contiguous"),
         ("error", lambda t: t.bfloat16(), TypeError, "error: expected .*, got BFloat16"),
         ("error", lambda t: t[None], ValueError, r"error: .*\[5, 33\], got shape \[1, 5, 33\]"),
+        ("row_feedback", lambda t: t.double(), TypeError, "row_feedback: expected .*, got Double"),
+        ("row_feedback", lambda t: t[1:], ValueError, r"row_feedback: .*33 rows.*\[4, 8, 8\]"),
+        ("row_feedback", lambda t: t[:, :4, :4], ValueError, r"row_feedback: .*\[5, 4, 4\]"),
+        ("row_feedback", lambda t: t[0], ValueError, r"row_feedback: .*\[8, 8\]"),
+        ("row_feedback", lambda t: t[:, :0, :0], ValueError, r"row_feedback: .*\[5, 0, 0\]"),
+        ("row_feedback", lambda t: t.mT, ValueError, r"row_feedback: expected a contiguous"),
+        (
+            "row_feedback",
+            lambda t: torch.zeros(1, 264, 264),
+            ValueError,
+            r"row_feedback: .*up to 256, got shape \[1, 264, 264\]",
+        ),
     ],
 )
 def test_op_refuses(argument, change, error, message):
-    arguments = real_case(33, 5)
+    arguments = with_rows(real_case(33, 5), 8, seed=0)
     arguments |= {"q": torch.empty(5, 33, dtype=torch.int8), "error": torch.empty(5, 33)}
     arguments[argument] = change(arguments[argument])
     with pytest.raises(error, match=f"^dcext::round_columns_: {message}"):
-        torch.ops.dcext.round_columns_(*arguments.values())
+        torch.ops.dcext.round_columns_(**arguments)
 
 
 def test_opcheck():
     q, error = torch.empty(5, 33, dtype=torch.int8), torch.empty(5, 33)
-    arguments = (*real_case(33, 5).values(), q, error)
-    torch.library.opcheck(torch.ops.dcext.round_columns_.default, arguments)
+    case = with_rows(real_case(33, 5), 8, seed=0)
+    row_feedback = case.pop("row_feedback")
+    for last in (row_feedback, None):
+        arguments = (*case.values(), q, error, last)
+        torch.library.opcheck(torch.ops.dcext.round_columns_.default, arguments)
 
 
 # Error feedback

@@ -10,8 +10,14 @@ namespace dcext {
 /** Longest code-length table: |q| of 0 to 127. */
 constexpr int64_t kNumLevels = 128;
 
+/** Rows of a block that correct each other are a multiple of kRowGroup, at most kMaxRowBlock. */
+constexpr int64_t kRowGroup = 8;
+constexpr int64_t kMaxRowBlock = 256;
+
 /** A block of columns to round one after the other, from the last to the first, each corrected by the errors of those
- *  behind it. Matrices are column-major (`rows` contiguous values per column), so that rows are SIMD lanes. */
+ *  behind it; with `row_feedback`, in each column one row after the other, from the last of its block of rows to the
+ *  first, each corrected by the rows behind it. Matrices are column-major (`rows` contiguous values per column), so that
+ *  rows are SIMD lanes. */
 struct RoundColumns {
   int64_t rows;
   int64_t cols;
@@ -22,13 +28,17 @@ struct RoundColumns {
   const float* step;  ///< (cols,), positive
   const float*
       pull;  ///< (kNumLevels,): a magnitude between level - 1 and level rounds down below the middle plus this
-  int8_t* q;     ///< (cols, rows): receives the integers, in [-127, 127]
-  float* error;  ///< (cols, rows): receives weight - q * step
-  Isa isa;       ///< must be supported
+  const float*
+      row_feedback;  ///< (blocks, row_block, row_block), zero but for [n, m] with m < n: what row n's target
+                     ///< less its value moves the target of row m of the same block; may be null
+  int64_t row_block;  ///< rows in each block but the last, which may have fewer
+  int8_t* q;          ///< (cols, rows): receives the integers, in [-127, 127]
+  float* error;       ///< (cols, rows): receives weight - q * step
+  Isa isa;            ///< must be supported
 };
 
-/** Rounds the block. Rows do not depend on each other and float operations have one order: the same bits for every
- *  number of threads and instruction set. Allocates nothing and cannot fail; what is not finite becomes some integer. */
+/** Rounds the block. Blocks of rows do not depend on each other and float operations have one order: the same bits for
+ *  every number of threads and instruction set. Allocates nothing and cannot fail; what is not finite becomes some integer. */
 void round_columns(const RoundColumns& call, Executor& executor);
 
 }  // namespace dcext

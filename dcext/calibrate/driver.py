@@ -238,9 +238,11 @@ def _sensitivity(job: Job, blocks: list[Block], share: float) -> Sensitivity:
         [group for group in groups if group],
         {name: value for name, value in found.samples.items() if name in job.names},
     )
-    if job.resume is not None:
-        job.resume.save("sensitivity", *_pack_sensitivity(result))
-    return result
+    if job.resume is None:
+        return result
+    job.resume.save("sensitivity", *_pack_sensitivity(result))
+    loaded = job.resume.load("sensitivity")  # mapped from the file: memory is left to the blocks
+    return result if loaded is None else _unpack_sensitivity(*loaded)
 
 
 def _first_tokens(calibration: Tensor, tokens: int) -> Tensor:
@@ -256,6 +258,7 @@ def _pack_sensitivity(value: Sensitivity) -> tuple[dict[str, Tensor], dict[str, 
     for name, sample in value.samples.items():
         tensors[f"values/{name}"] = sample.values
         tensors[f"rows/{name}"] = sample.rows
+        tensors[f"spread/{name}"] = sample.row_spread
     shapes = {name: sample.shape for name, sample in value.samples.items()}
     return tensors, {"groups": value.groups, "shapes": shapes}
 
@@ -267,7 +270,12 @@ def _unpack_sensitivity(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Sen
         if name.startswith("output/")
     }
     samples = {
-        name: WeightSample(tensors[f"values/{name}"], tensors[f"rows/{name}"], tuple(shape))
+        name: WeightSample(
+            tensors[f"values/{name}"],
+            tensors[f"rows/{name}"],
+            tensors[f"spread/{name}"],
+            tuple(shape),
+        )
         for name, shape in meta["shapes"].items()
     }
     return Sensitivity(output, meta["groups"], samples)

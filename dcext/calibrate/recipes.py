@@ -16,6 +16,7 @@ from dcext.nn.compressed import storage_form, to_weight_memory
 from dcext.quantize.control import LayerForecast, RateController
 from dcext.quantize.data_free import round_data_free
 from dcext.quantize.feedback import cholesky_factor
+from dcext.quantize.output_moment import row_energies, row_factor, row_scales, weighted_error
 from dcext.quantize.paper import ALPHAS, alpha_cost, alpha_trial, quantize_paper
 from dcext.quantize.quantized import QuantizedWeight, output_snr_db
 from dcext.quantize.rate import (
@@ -24,14 +25,12 @@ from dcext.quantize.rate import (
     restore_order,
     round_to_steps,
     rounding_order,
-    row_scales,
     waterfilling_bits,
 )
 from dcext.quantize.report import LayerReport
 from dcext.quantize.rounding import quantize_absmax
 from dcext.quantize.statistics import InputStatistics
 
-SHRINKAGE = 0.1  # of row sensitivities towards their mean
 HEADER_NBYTES = 64 + 64  # of a payload: header, and a chunk's table entry with its padding
 
 
@@ -103,12 +102,13 @@ class RateRecipe:
                 if name not in sensitivity.samples or name not in sensitivity.output:
                     continue
                 sample = sensitivity.samples[name]
-                self._rows[name] = row_scales(sensitivity.output[name], SHRINKAGE)
                 rows, cols = sample.shape
+                factor = row_factor(sensitivity.output[name], rows)
+                self._rows[name] = row_scales(factor, rows)
                 nbytes = HEADER_NBYTES + 2 * rows + (2 * cols if name == group[0] else 0)
-                normalized = sample.values / self._rows[name][sample.rows]
+                normalized = sample.normalized(self._rows[name])
                 forecasts[name] = LayerForecast(normalized, rows * cols, 8 * nbytes / (rows * cols))
-        self._sensitivity = sensitivity.output
+        self._moments = sensitivity.output
         self._controller = RateController(forecasts, config.bits)
 
     def statistics(self, in_features: int) -> InputStatistics:
@@ -126,7 +126,7 @@ class RateRecipe:
         """
         reason = _unusable(statistics)
         if reason is None and not weights.keys() <= self._rows.keys():
-            reason = "no gradient or statistics in the sensitivity pass"
+            reason = "no finite gradient or statistics in the sensitivity pass"
         if reason is not None:
             return {name: self.fall_back(name, weight, reason) for name, weight in weights.items()}
         moment = statistics.second_moment
@@ -140,7 +140,7 @@ class RateRecipe:
         eigenvalues = torch.linalg.eigvalsh(moment.float())
         coded = {}
         for i, (name, weight) in enumerate(weights.items()):
-            quantized = round_to_steps(name, ordered[name], factor, steps)
+            quantized = round_to_steps(name, ordered[name], factor, steps, self._moments[name])
             quantized = restore_order(quantized, order, col_scale)
             if statistics.tokens < weight.shape[1]:
                 quantized.fallback = (
@@ -157,15 +157,13 @@ class RateRecipe:
         self, layer: CodedLayer, weight: Tensor, moment: Tensor, eigenvalues: Tensor
     ) -> None:
         approximation = layer.quantized.dequantize()
-        sensitivity = self._sensitivity[layer.report.name]
-        error = weight - approximation
-        row_noise = ((error @ moment.float()) * error).sum(1)
-        distortion = float((row_noise.double() * sensitivity.double()).sum()) / weight.numel()
+        outputs = self._moments[layer.report.name]
+        loss = weighted_error(weight - approximation, moment, outputs)
         layer.report.output_snr_db = output_snr_db(weight, approximation, moment)
         layer.report.pruned_share = pruned_share(weight, layer.quantized)
-        layer.report.expected_loss = distortion * weight.numel() / 2
+        layer.report.expected_loss = loss / 2
         layer.report.waterfilling_bits = waterfilling_bits(
-            weight, eigenvalues, sensitivity, distortion
+            row_energies(weight, outputs), eigenvalues, loss / weight.numel()
         )
 
     def fall_back(self, name: str, weight: Tensor, reason: str) -> CodedLayer:

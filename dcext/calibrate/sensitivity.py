@@ -19,6 +19,7 @@ from dcext.calibrate.blocks import (
 )
 from dcext.calibrate.source import BlockSource
 from dcext.quantize.feedback import cholesky_factor
+from dcext.quantize.output_moment import OutputMoment
 from dcext.quantize.rate import MOST_POWER, WeightSample, rounding_order, sample_weights
 from dcext.quantize.statistics import InputStatistics
 
@@ -28,8 +29,9 @@ class Sensitivity:
     """What the backward pass tells of the layers of a model.
 
     Attributes:
-        output: by layer, ``(N,)`` float32: mean over tokens of the squared derivative of the loss (nats, summed over
-            all tokens) by each output feature. Layers that no calibration token reached are missing.
+        output: by layer, blocks on the diagonal of the second moment of the derivatives of the loss (nats, summed over
+            all tokens) by its outputs, mean over tokens (``OutputMoment.moment``). Layers that no calibration token
+            reached, or whose derivatives are not finite, are missing.
         groups: layers that read the same tensor, in the order in which they ran.
         samples: by layer, some of its weights. Layers whose inputs have no usable second moment are missing.
     """
@@ -77,12 +79,15 @@ def measure_sensitivity(
         progress(1)
     with source.skeleton():
         gradient = _head_gradient(model, blocks, calibration, hidden, seed)
+    tokens = calibration.shape[0] * (1 if calibration.is_floating_point() else calibration.shape[1])
     for block in reversed(blocks):
         with source.working_copy(block, dtype) as module:
-            gradient = _backward(block, module, entering.pop(), gradient, result.output)
+            gradient, moments = _backward(block, module, entering.pop(), gradient)
+        for name, total in moments.items():
+            moment = total.moment(tokens)
+            if bool(torch.isfinite(moment).all()):
+                result.output[name] = moment
         progress(1)
-    tokens = calibration.shape[0] * (1 if calibration.is_floating_point() else calibration.shape[1])
-    result.output = {name: total / tokens for name, total in result.output.items()}
     return result
 
 
@@ -124,14 +129,14 @@ def _pivots(x: Tensor) -> Tensor | None:
 
 
 def _backward(
-    block: Block, module: nn.Module, entering: Tensor, gradient: Tensor, output: dict[str, Tensor]
-) -> Tensor:
-    """The gradient at a block's input; adds up the squares of those at its layers' outputs."""
+    block: Block, module: nn.Module, entering: Tensor, gradient: Tensor
+) -> tuple[Tensor, dict[str, OutputMoment]]:
+    """The gradient at a block's input, and the second moments of those at its layers' outputs."""
+    moments: dict[str, OutputMoment] = {}
 
     def hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def accumulate(grad: Tensor) -> None:
-            squares = grad.reshape(-1, grad.shape[-1]).float().square().sum(0)
-            output[name] = output.get(name, torch.zeros(())) + squares
+            moments.setdefault(name, OutputMoment(grad.shape[-1])).update(grad)
 
         def after(module: nn.Module, args: object, result: Tensor) -> None:
             if result.requires_grad:
@@ -148,12 +153,12 @@ def _backward(
                 start.requires_grad_(True)
             result = run_block(block, module, start)
             if not start.requires_grad:
-                return gradient
+                return gradient, moments
             (before,) = torch.autograd.grad(result, start, gradient.to(result.dtype))
     finally:
         for handle in handles:
             handle.remove()
-    return before
+    return before, moments
 
 
 def _layers_of(block: Block, module: nn.Module) -> dict[str, nn.Linear]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from dcext import ops  # noqa: F401  (registers round_columns_)
+from dcext.quantize.output_moment import row_feedback
 
 MAX_LEVEL = 127
 NUM_LEVELS = 128
-DAMPING = 0.005  # of the mean diagonal, added to second moments
+DAMPING = 0.05  # of the mean diagonal, added to second moments: what 32k tokens leave uncertain
 BLOCK_COLS = (
     64  # columns that the operator rounds in one go; the rest of the feedback is matrix products
 )
@@ -49,12 +50,19 @@ def cholesky_factor(second_moment: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def round_with_feedback(
-    weight: Tensor, factor: Tensor, row_scale: Tensor, col_scale: Tensor, pull: Tensor | None = None
+    weight: Tensor,
+    factor: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor,
+    pull: Tensor | None = None,
+    row_factor: Tensor | None = None,
 ) -> Tensor:
-    """Integers of a matrix for given steps, with the error of each column spread over those still to be rounded.
+    """Integers of a matrix for given steps, with the error of each weight spread over those still to be rounded.
 
-    Minimizes ``||(W - diag(row_scale) Q diag(col_scale)) L||^2`` greedily from the last column to the first: column i is
-    rounded to the nearest multiple of its step after ``sum_{k>i} (w_k - w^_k) L_ki / L_ii`` was added to it.
+    Minimizes ``||A^T (W - diag(row_scale) Q diag(col_scale)) L||^2`` greedily, columns from the last to the first and
+    rows in each column as well. With ``f_ni = sum_{k>=i} (w_nk - w^_nk) L_ki / L_ii``, which is known for the rows
+    behind n, weight (n, i) is rounded to the nearest multiple of its step after
+    ``sum_{k>i} (w_nk - w^_nk) L_ki / L_ii + sum_{m>n} f_mi A_mn / A_nn`` was added to it.
 
     Args:
         weight: ``(N, K)`` float32. Not modified.
@@ -62,15 +70,18 @@ def round_with_feedback(
         row_scale: ``(N,)`` float32, positive.
         col_scale: ``(K,)`` float32, positive; the step of weight (n, k) is ``row_scale[n] * col_scale[k]``.
         pull: ``(128,)`` float32 from ``rate_pull``, or None to round to nearest.
+        row_factor: A, from ``output_moment.row_factor``; None for the identity.
 
     Returns:
         ``(N, K)`` int8 in [-127, 127].
 
-    Source: GPTQ, arXiv:2210.17323; steps by column as in WaterSIC, arXiv:2603.04956.
+    Source: GPTQ, arXiv:2210.17323; steps by column as in WaterSIC, arXiv:2603.04956; feedback from both sides as in
+    YAQA, arXiv:2505.22988.
     """
     rows, cols = weight.shape
     pull = torch.zeros(NUM_LEVELS) if pull is None else pull
     feedback = (factor / factor.diagonal()).float()
+    from_rows = None if row_factor is None else row_feedback(row_factor, row_scale)
     scaled = (weight / row_scale[:, None]).t().contiguous()
     error = torch.empty_like(scaled)
     qweight = torch.empty((cols, rows), dtype=torch.int8)
@@ -87,6 +98,7 @@ def round_with_feedback(
             pull,
             qweight[begin:end],
             error[begin:end],
+            from_rows,
         )
     return qweight.t().contiguous()
 

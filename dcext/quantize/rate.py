@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dcext.quantize.feedback import MAX_LEVEL, NUM_LEVELS, rate_pull, round_with_feedback
+from dcext.quantize.output_moment import in_blocks, row_factor
 from dcext.quantize.quantized import QuantizedWeight, entropy_of_counts, to_bfloat16_values
 
 # Where a bfloat16 column pays against a coarser int8 one: 8 bits more are worth (3.5^2 - 1) / (2 ln 2) of its error.
@@ -16,6 +17,7 @@ MOST_POWER = 10.0  # of a token in second moments, over the median
 SAMPLE_WEIGHTS = 1 << 14  # of each layer, for forecasts
 ROW_CLASSES = 32  # of the water-filling reference
 OUTSIDE_STEP = 1e30  # rounds everything to zero
+MOST_SPREAD = 4.0  # factor by which a row's or a column's step may differ for its spread
 HEADROOM = 120  # largest level planned for; the rest up to 127 is for what error feedback adds
 
 
@@ -36,49 +38,63 @@ class Steps:
     capped: int
 
 
-def row_scales(sensitivity: Tensor, shrinkage: float) -> Tensor:
-    """Row steps for equal slope: ``1 / sqrt(s_i)``, the squared derivatives shrunk towards their layer's mean.
+def spread_factor(spread: Tensor) -> Tensor:
+    """How much larger steps are where integers would spread wider: ``sqrt(v / mean v)``.
+
+    With a code table of its own every row and column would have steps that add the same to the loss. But one table
+    serves them all. Under it a code grows about as ``q^2 / (2 mean q^2)``, so a coarser step saves bits in proportion
+    to ``v^2 / step^2``, and what it adds to the loss, ``step^2``, has to be in proportion to that. This halves the bits
+    that the common table costs.
 
     Args:
-        sensitivity: ``(N,)``, mean squared derivative of the loss by each output.
-        shrinkage: share of the mean in what is used; 1 gives all rows the same step.
+        spread: ``(n,)``, root mean square of the integers in each row or column if all steps added the same.
 
     Returns:
-        ``(N,)`` float32, values that bfloat16 holds.
+        ``(n,)``, between ``1 / MOST_SPREAD`` and ``MOST_SPREAD``.
     """
-    shrunk = (1 - shrinkage) * sensitivity + shrinkage * sensitivity.mean()
-    return to_bfloat16_values(shrunk.clamp_min(1e-30).rsqrt())
+    share = spread / spread.mean().clamp_min(1e-30)
+    return share.sqrt().clamp(1 / MOST_SPREAD, MOST_SPREAD)
 
 
 def plan_steps(
     weights: dict[str, Tensor], factor: Tensor, rows: dict[str, Tensor], scale: float
 ) -> Steps:
-    """Steps of a group: ``scale * row_scale[n] / L_kk``, larger where a column's range demands it.
+    """Steps of a group: ``scale * row_scale[n] / L_kk``, larger where values spread wider or would leave int8.
 
     With the Cholesky factor L of the inputs' second moment, a column rounded after those behind it adds
-    ``step^2 L_kk^2 / 12`` to the output error, so this makes all weights of all layers contribute the same.
+    ``step^2 L_kk^2 / 12`` to the output error, so but for ``spread_factor`` all weights of all layers contribute the
+    same.
 
     Args:
         weights: by layer, ``(N, K)`` float32.
         factor: ``(K, K)`` float64, lower Cholesky factor.
-        rows: by layer, from ``row_scales``.
+        rows: by layer, from ``output_moment.row_scales``.
         scale: the model's one number that sets its size.
 
     Source: WaterSIC, arXiv:2603.04956; equal slopes by Lagrange.
     """
-    wanted = (scale / factor.diagonal()).float()
+    pivots = factor.diagonal().float()
+    adjusted, energy = {}, torch.zeros_like(pivots)
+    for name, weight in weights.items():
+        squares = (weight / rows[name][:, None] * pivots).square()
+        energy += squares.sum(0)
+        by_row = squares.mean(1).sqrt()
+        adjusted[name] = to_bfloat16_values(rows[name] * spread_factor(by_row))
+    wanted = scale / pivots * spread_factor(energy.sqrt())
     needed = torch.zeros_like(wanted)
     outliers = {}
     for name, weight in weights.items():
-        least = (weight.abs() / rows[name][:, None]).amax(0) / HEADROOM
+        least = (weight.abs() / adjusted[name][:, None]).amax(0) / HEADROOM
         is_outlier = least > OUTLIER_STEPS * wanted
         outliers[name] = is_outlier.nonzero()[:, 0].int()
         needed = torch.maximum(needed, least.masked_fill(is_outlier, 0))
     steps = torch.maximum(wanted, needed)
-    return Steps(rows, to_bfloat16_values(steps), outliers, int((needed > wanted).sum()))
+    return Steps(adjusted, to_bfloat16_values(steps), outliers, int((needed > wanted).sum()))
 
 
-def round_to_steps(name: str, weight: Tensor, factor: Tensor, steps: Steps) -> QuantizedWeight:
+def round_to_steps(
+    name: str, weight: Tensor, factor: Tensor, steps: Steps, moment: Tensor
+) -> QuantizedWeight:
     """Rounds one layer with error feedback, then fits its row scales.
 
     Args:
@@ -86,6 +102,7 @@ def round_to_steps(name: str, weight: Tensor, factor: Tensor, steps: Steps) -> Q
         weight: ``(N, K)`` float32, what is to be approximated.
         factor: ``(K, K)`` float64, lower Cholesky factor of the inputs' second moment.
         steps: from ``plan_steps``.
+        moment: of the derivatives by its outputs, from ``OutputMoment``.
     """
     row_scale, col_scale = steps.row_scale[name], steps.col_scale
     outliers = steps.outliers[name].long()
@@ -94,8 +111,9 @@ def round_to_steps(name: str, weight: Tensor, factor: Tensor, steps: Steps) -> Q
     pull = rate_pull(torch.bincount(sample.flatten().int(), minlength=NUM_LEVELS))
     # Columns kept outside round to zero, and make no error that columns before them would correct.
     taken = col_scale.index_fill(0, outliers, OUTSIDE_STEP)
-    qweight = round_with_feedback(inside, factor, row_scale, taken, pull)
-    fitted = fit_row_scale(inside, qweight, col_scale, factor, row_scale)
+    by_row = row_factor(moment, weight.shape[0])
+    qweight = round_with_feedback(inside, factor, row_scale, taken, pull, by_row)
+    fitted = fit_row_scale(inside, qweight, col_scale, factor, row_scale, by_row)
     if not len(outliers):
         return QuantizedWeight(qweight, fitted, col_scale)
     error = inside - qweight.float() * fitted[:, None] * col_scale
@@ -113,25 +131,37 @@ def _absorbed(error: Tensor, factor: Tensor, columns: Tensor) -> Tensor:
 
 
 def fit_row_scale(
-    weight: Tensor, qweight: Tensor, col_scale: Tensor, factor: Tensor, default: Tensor
+    weight: Tensor,
+    qweight: Tensor,
+    col_scale: Tensor,
+    factor: Tensor,
+    default: Tensor,
+    by_row: Tensor,
 ) -> Tensor:
-    """The row scales of least output error for given integers, ``<w_n, q_n> / <q_n, q_n>`` in the norm of ``L L^T``.
+    """The row scales r of least ``||A^T (W - diag(r) Q diag(col_scale)) L||`` for given integers.
 
     Args:
         weight: ``(N, K)``.
         qweight: ``(N, K)`` int8.
         col_scale: ``(K,)``.
-        factor: ``(K, K)`` lower Cholesky factor.
-        default: ``(N,)``, for rows without a nonzero integer.
+        factor: ``(K, K)`` lower Cholesky factor L.
+        default: ``(N,)``, for rows without a nonzero integer and where the fit is not positive.
+        by_row: A, from ``output_moment.row_factor``.
 
     Returns:
         ``(N,)`` float32, values that bfloat16 holds.
     """
     lower = factor.float()
-    columns = (qweight.float() * col_scale) @ lower
-    energy = columns.square().sum(1)
-    fitted = ((weight @ lower) * columns).sum(1) / energy.clamp_min(1e-30)
-    return to_bfloat16_values(torch.where((energy > 0) & (fitted > 0), fitted, default))
+    columns = in_blocks((qweight.float() * col_scale) @ lower)
+    target = in_blocks(weight @ lower)
+    moment = by_row @ by_row.mT
+    normal = (columns @ columns.mT).double() * moment
+    right = ((columns @ target.mT).double() * moment).sum(2)
+    empty = normal.diagonal(dim1=1, dim2=2) == 0
+    normal += torch.diag_embed(empty.double())
+    solved = torch.linalg.solve(normal, right).flatten()[: len(default)].float()
+    usable = ~empty.flatten()[: len(default)] & (solved > 0)
+    return to_bfloat16_values(torch.where(usable, solved, default))
 
 
 def rounding_order(second_moment: Tensor) -> Tensor:
@@ -176,14 +206,21 @@ class WeightSample:
     """Some weights of a layer, from which its size at any scale is predicted.
 
     Attributes:
-        values: ``(n,)`` float32, weights times ``L_kk`` of their column: in units of their step at a row scale of 1.
+        values: ``(n,)`` float32, weights in units of their column's step for ``scale = 1`` and row scales of 1.
         rows: ``(n,)`` int32, the rows that they are from.
+        row_spread: ``(N,)`` float32, root mean square of all weights of a row, times ``L_kk`` of their column.
         shape: of the layer.
     """
 
     values: Tensor
     rows: Tensor
+    row_spread: Tensor
     shape: tuple[int, int]
+
+    def normalized(self, row_scale: Tensor) -> Tensor:
+        """The values in units of their steps at ``scale = 1``, ``row_scale`` from ``output_moment.row_scales``."""
+        steps = row_scale * spread_factor(self.row_spread / row_scale)
+        return self.values / steps[self.rows]
 
 
 def sample_weights(weight: Tensor, pivots: Tensor, *, seed: int) -> WeightSample:
@@ -200,30 +237,28 @@ def sample_weights(weight: Tensor, pivots: Tensor, *, seed: int) -> WeightSample
         generator = torch.Generator().manual_seed(seed)
         index = torch.randint(rows * cols, (SAMPLE_WEIGHTS,), generator=generator)
     row, col = index // cols, index % cols
-    values = weight.detach()[row, col].float() * pivots[col]
-    return WeightSample(values, row.int(), (rows, cols))
+    scaled = weight.detach().float() * pivots
+    squares = scaled.square()
+    # Rows are weighted alike here, since what they are worth is not known yet.
+    values = scaled[row, col] / spread_factor(squares.mean(0).sqrt())[col]
+    return WeightSample(values, row.int(), squares.mean(1).sqrt(), (rows, cols))
 
 
-def waterfilling_bits(
-    weight: Tensor, eigenvalues: Tensor, sensitivity: Tensor, distortion: float
-) -> float:
-    """The fewest bits per weight for a Gaussian matrix with this row energy at this distortion, by reverse water-filling.
+def waterfilling_bits(energies: Tensor, eigenvalues: Tensor, distortion: float) -> float:
+    """The fewest bits per weight for a Gaussian matrix at this distortion, by reverse water-filling.
 
-    The matrix is taken as Gaussian with independent entries, of variance ``v_n = mean_k w_nk^2`` in row n; errors are
-    weighted by ``s_n`` and by the inputs' second moment, whose eigenvalues are ``h_k``. The components have variance
-    ``s_n v_n h_k``; a water level theta gives each ``max(0, log2(s_n v_n h_k / theta) / 2)`` bits and distortion
-    ``min(theta, s_n v_n h_k)``. Rows of like energy are taken together, in ``ROW_CLASSES`` classes.
+    Seen as the loss sees it, through the second moments of outputs' derivatives and of inputs, the matrix has components
+    of variance ``e_n h_k``. A water level theta gives each ``max(0, log2(e_n h_k / theta) / 2)`` bits and distortion
+    ``min(theta, e_n h_k)``. Rows of like energy are taken together, in ``ROW_CLASSES`` classes.
 
     Args:
-        weight: ``(N, K)``.
-        eigenvalues: ``(K,)`` of the inputs' second moment.
-        sensitivity: ``(N,)``, weights of the rows' errors.
-        distortion: mean over the weights of the weighted error, ``sum_n s_n (e_n H e_n^T) / (N K)``.
+        energies: ``(N,)`` float64, ``e_n``, from ``output_moment.row_energies``.
+        eigenvalues: ``(K,)`` of the inputs' second moment, ``h_k``.
+        distortion: mean over the weights of the weighted error, ``tr(G E H E^T) / (N K)``.
 
     Source: Cover and Thomas, Elements of Information Theory, 10.3.3.
     """
-    energy = (sensitivity.double() * weight.float().square().mean(1).double()).sort()[0]
-    classes = energy.tensor_split(min(ROW_CLASSES, len(energy)))
+    classes = energies.sort()[0].tensor_split(min(ROW_CLASSES, len(energies)))
     means = torch.stack([part.mean() for part in classes])
     counts = torch.tensor([len(part) for part in classes], dtype=torch.float64)
     ascending, order = torch.outer(means, eigenvalues.double().clamp_min(1e-30)).flatten().sort()
@@ -231,13 +266,14 @@ def waterfilling_bits(
     # The distortion if the level were at each component in turn; it grows with the level.
     above = times.flip(0).cumsum(0).flip(0)
     below = (ascending * times).cumsum(0) - ascending * times
-    total = distortion * weight.numel()
+    weights = len(energies) * len(eigenvalues)
+    total = distortion * weights
     if total >= float((ascending * times).sum()):
         return 0.0
     first = int(torch.searchsorted(below + ascending * above, total))
     first = min(first, len(ascending) - 1)
     level = (total - float(below[first])) / float(above[first])
-    return float(((ascending[first:] / level).log2() * times[first:]).sum()) / 2 / weight.numel()
+    return float(((ascending[first:] / level).log2() * times[first:]).sum()) / 2 / weights
 
 
 def predicted_entropy(normalized: Tensor, scale: float) -> float:
