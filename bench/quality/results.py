@@ -97,10 +97,14 @@ def show(rows: list[Row], note: str) -> None:
             f"{row['kl_nats']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
             f"{row['top1_agreement']:.1%}",
             "" if gap is None else f"{gap:.2f}",
-            f"{row['quantize_s']:.0f} s",
-            f"{row['evaluate_s']:.0f} s",
+            *(_seconds(row[key]) for key in ("quantize_s", "evaluate_s")),
             row["note"],
         )
     console.print(table)
     for line in dict.fromkeys(row["hardware"] for row in rows):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _seconds(value: float | None) -> str:
+    """None where other work ran beside: the row's figures hold, its times do not."""
+    return "" if value is None else f"{value:.0f} s"
