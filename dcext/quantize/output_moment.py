@@ -97,7 +97,8 @@ def _added(planned: Tensor, actual: Tensor, rows: int) -> float:
     factor, info = torch.linalg.cholesky_ex(_floored(planned, rows))
     if bool(info.any()):
         return float("inf")
-    noise = (torch.cholesky_inverse(factor) * _floored(actual, rows)).sum()
+    by_row = (torch.cholesky_inverse(factor) * _floored(actual, rows)).sum(2)
+    noise = by_row.flatten()[:rows].sum()
     return float((noise / rows).log() + 2 * factor.diagonal(dim1=1, dim2=2).log().sum() / rows)
 
 
