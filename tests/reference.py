@@ -20,6 +20,10 @@ BIT_PRICE = (
 )  # squared steps per bit: dD/dR of D(R) = step^2 / 12 with step ~ 2^-R
 
 
+NUM_LEVELS = 128  # magnitudes 0 to 127
+NO_PULL = torch.zeros(NUM_LEVELS)
+
+
 def seeded(seed: int) -> torch.Generator:
     """A generator of its own for every draw."""
     return torch.Generator().manual_seed(seed)
@@ -33,6 +37,22 @@ def correlated_factor(cols: int, seed: int = 0) -> Tensor:
     return torch.linalg.cholesky((basis * values) @ basis.T)
 
 
+def grid(*shape: int, step: float, most: int, seed: int) -> torch.Tensor:
+    """Random multiples of a power of two, of few bits: float32 sums of products are exact."""
+    return torch.randint(-most, most + 1, shape, generator=seeded(seed)) * step
+
+
+def some_pull(seed: int, step: float = 1 / 64) -> torch.Tensor:
+    """Multiples of ``step`` in [0, 0.45)."""
+    return (torch.rand(NUM_LEVELS, generator=seeded(seed)) * 0.45 / step).floor() * step
+
+
+def sparse_feedback(cols: int, seed: int) -> torch.Tensor:
+    """Quarters below the diagonal, about one per column: errors neither vanish nor explode."""
+    keep = torch.rand(cols, cols, generator=seeded(seed)) < 1 / cols
+    return (grid(cols, cols, step=0.25, most=4, seed=seed + 1) * keep).tril(-1)
+
+
 def round_levels(scaled: Tensor, pull: Tensor) -> Tensor:
     """Levels of values given in steps: the upper of two neighbours from ``middle + pull`` on, ties
     without it to even.
@@ -44,6 +64,12 @@ def round_levels(scaled: Tensor, pull: Tensor) -> Tensor:
     beyond = magnitude - (lower + 0.5 + rise)
     is_upper = (beyond > 0) | ((beyond == 0) & ((rise > 0) | (lower % 2 == 1)))
     return (lower + is_upper) * scaled.sign()
+
+
+def assert_rounded(q: torch.Tensor, target: torch.Tensor, slack: torch.Tensor, pull: torch.Tensor):
+    """Each integer is the rounding of some value within ``slack`` of its target, both in steps."""
+    assert (round_levels(target - slack, pull) <= q).all()
+    assert (q <= round_levels(target + slack, pull)).all()
 
 
 def round_columns(
