@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,9 @@ from dcext.codec import encode
 from dcext.config import ACTIVATIONS
 from dcext.nn.compressed import CompressedModule
 from dcext.quantize import quantize_absmax
+
+if TYPE_CHECKING:
+    from dcext.nn.shared_input import SharedInput
 
 
 class DCLinear(CompressedModule):
@@ -19,8 +24,8 @@ class DCLinear(CompressedModule):
 
     With ``activations="int8"`` each token is quantized to int8 first (W8A8; int32 sums, exact); with ``"none"`` it is
     not (W8A16; float32 sums in a fixed order). Outputs are the same bits for every codec, number of threads and
-    instruction set. Panels of weights are decoded into the L2 cache and multiplied there, so memory carries the stored
-    bytes only. Runs on the CPU.
+    instruction set. Panels of weights are decoded into the L2 cache and multiplied there, packed ones with up to 16
+    tokens straight from their codes, so memory carries the stored bytes only. Runs on the CPU.
 
     Make one with ``from_float`` or ``from_qweight``.
     """
@@ -28,6 +33,7 @@ class DCLinear(CompressedModule):
     bias: Tensor | None
     outlier_index: Tensor | None
     outlier_weight: Tensor | None
+    shared_input: SharedInput | None = None  # of share_inputs_
 
     def __init__(
         self,
@@ -158,13 +164,20 @@ class DCLinear(CompressedModule):
         Returns:
             ``(..., out_features)``, dtype of ``x``. A token with NaN or infinity gives NaN (W8A8).
         """
-        y = torch.ops.dcext.linear(
-            x, self.payload, self.row_scale, self.col_scale, self.bias, self.activations
-        )
+        if self.shared_input is not None and not torch.compiler.is_compiling():
+            y = self.shared_input.output(self, x)
+        else:
+            y = torch.ops.dcext.linear(
+                x, self.payload, self.row_scale, self.col_scale, self.bias, self.activations
+            )
         if self.outlier_index is None or self.outlier_weight is None:
             return y
         columns = x.index_select(-1, self.outlier_index).float()
         return y + (columns @ self.outlier_weight.float().t()).to(y.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles get: not the layers that this one runs together with."""
+        return {key: value for key, value in self.__dict__.items() if key != "shared_input"}
 
     @property
     def stored_nbytes(self) -> int:
