@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dcext import ops  # noqa: F401  (registers linear)
 from dcext.codec import encode
 from dcext.config import ACTIVATIONS
 from dcext.nn.compressed import CompressedModule
@@ -14,6 +15,8 @@ from dcext.quantize import quantize_absmax
 
 if TYPE_CHECKING:
     from dcext.nn.shared_input import SharedInput
+
+_linear = torch.ops.dcext.linear.default
 
 
 class DCLinear(CompressedModule):
