@@ -31,9 +31,6 @@ TORCH_LIBRARY(dcext, m) {
       "linear(Tensor x, Tensor payload, Tensor row_scale, Tensor? col_scale, Tensor? bias, "
       "str activations) -> Tensor");
   m.def(
-      "linear_group(Tensor x, Tensor[] payloads, Tensor[] row_scales, Tensor? col_scale, "
-      "Tensor?[] biases, str activations) -> Tensor[]");
-  m.def(
       "embedding(Tensor indices, Tensor payload, Tensor row_scale, Tensor? col_scale, "
       "int embedding_dim, ScalarType dtype) -> Tensor");
   m.def("quantize_activations(Tensor x, Tensor? col_scale) -> (Tensor, Tensor)");
@@ -49,7 +46,6 @@ TORCH_LIBRARY_IMPL(dcext, CPU, m) {
   m.impl("encode", &dcext::encode_op);
   m.impl("decode_out", &dcext::decode_out_op);
   m.impl("linear", &dcext::linear);
-  m.impl("linear_group", &dcext::linear_group);
   m.impl("embedding", &dcext::embedding);
   m.impl("quantize_activations", &dcext::quantize_activations);
   m.impl("dequantize", &dcext::dequantize);

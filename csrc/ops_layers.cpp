@@ -1,6 +1,5 @@
 #include "ops_layers.h"
 
-#include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
 
 #include "ops_common.h"
@@ -18,60 +17,35 @@ Activations parse_activations(c10::string_view name) {
 
 }  // namespace
 
-std::vector<at::Tensor> linear_group(const at::Tensor& x, at::TensorList payloads,
-                                     at::TensorList row_scales,
-                                     const std::optional<at::Tensor>& col_scale,
-                                     const c10::List<std::optional<at::Tensor>>& biases,
-                                     c10::string_view activations) {
+at::Tensor linear(const at::Tensor& x, const at::Tensor& payload, const at::Tensor& row_scale,
+                  const std::optional<at::Tensor>& col_scale, const std::optional<at::Tensor>& bias,
+                  c10::string_view activations) {
   constexpr const char* kOp = "dcext::linear";
-  TORCH_CHECK_VALUE(
-      !payloads.empty() && row_scales.size() == payloads.size() && biases.size() == payloads.size(),
-      kOp, ": expected as many row scales and biases as payloads, at least 1, got ",
-      payloads.size(), " payloads, ", row_scales.size(), " and ", biases.size());
-  std::vector<PayloadView> views;
-  for (const at::Tensor& payload : payloads) views.push_back(parse_payload(kOp, payload));
-  const int64_t cols = views[0].layout().cols;
+  const PayloadView view = parse_payload(kOp, payload);
+  const int64_t rows = view.layout().rows, cols = view.layout().cols;
   const ElementType type = element_type(kOp, "x", x.scalar_type());
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == cols && x.is_cpu(), kOp,
                     ": x: expected a CPU tensor of shape [..., ", cols, "], got shape ", x.sizes(),
                     " on ", x.device());
   const at::Tensor input = x.contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
-  std::vector<at::Tensor> outputs, kept;  // biases: a list hands out copies
-  std::vector<LinearWeights> layers;
-  for (size_t i = 0; i < views.size(); ++i) {
-    const int64_t rows = views[i].layout().rows;
-    TORCH_CHECK_VALUE(views[i].layout().cols == cols, kOp, ": payload ", i, ": expected ", cols,
-                      " columns, as the first has, got ", views[i].layout().cols);
-    const std::optional<at::Tensor> bias = biases.get(i);
-    shape.back() = rows;
-    outputs.push_back(at::empty(shape, x.options()));
-    layers.push_back({&views[i], vector_data(kOp, "row_scale", row_scales[i], rows, at::kCPU),
-                      optional_vector_data(kOp, "bias", bias, rows, at::kCPU),
-                      outputs.back().mutable_data_ptr()});
-    if (bias.has_value()) kept.push_back(*bias);
-  }
+  shape.back() = rows;
+  at::Tensor y = at::empty(shape, x.options());
+  if (y.numel() == 0) return y;
   LinearCall call{};
-  call.layers = layers.data();
-  call.num_layers = static_cast<int64_t>(layers.size());
+  call.weight = &view;
+  call.row_scale = vector_data(kOp, "row_scale", row_scale, rows, at::kCPU);
   call.col_scale = optional_vector_data(kOp, "col_scale", col_scale, cols, at::kCPU);
+  call.bias = optional_vector_data(kOp, "bias", bias, rows, at::kCPU);
   call.x = input.const_data_ptr();
+  call.y = y.mutable_data_ptr();
   call.type = type;
   call.tokens = input.numel() / cols;
   call.activations = parse_activations(activations);
   call.isa = selected_isa();
-  if (call.tokens == 0) return outputs;
   TorchExecutor executor;
   raise_if_failed(kOp, run_linear(call, executor));
-  return outputs;
-}
-
-at::Tensor linear(const at::Tensor& x, const at::Tensor& payload, const at::Tensor& row_scale,
-                  const std::optional<at::Tensor>& col_scale, const std::optional<at::Tensor>& bias,
-                  c10::string_view activations) {
-  c10::List<std::optional<at::Tensor>> biases;
-  biases.push_back(bias);
-  return linear_group(x, payload, row_scale, col_scale, biases, activations)[0];
+  return y;
 }
 
 at::Tensor embedding(const at::Tensor& indices, const at::Tensor& payload,

@@ -1,21 +1,13 @@
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <tuple>
-#include <vector>
 
 namespace dcext {
 
 // The CPU implementations of the layers' operators; dcext/ops.py documents shapes, dtypes and errors.
-
-std::vector<at::Tensor> linear_group(const at::Tensor& x, at::TensorList payloads,
-                                     at::TensorList row_scales,
-                                     const std::optional<at::Tensor>& col_scale,
-                                     const c10::List<std::optional<at::Tensor>>& biases,
-                                     c10::string_view activations);
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& payload, const at::Tensor& row_scale,
                   const std::optional<at::Tensor>& col_scale, const std::optional<at::Tensor>& bias,

@@ -8,7 +8,7 @@ from dcext.codec import decode, encode, entropy, payload_info, verify_payload
 from dcext.compress import compress_
 from dcext.config import CompressionConfig
 from dcext.errors import FormatError
-from dcext.nn import DCEmbedding, DCLinear, share_inputs_
+from dcext.nn import DCEmbedding, DCLinear
 from dcext.pretrained import from_pretrained, save_pretrained
 
 __version__ = "0.1.0"
@@ -28,6 +28,5 @@ __all__ = [
     "payload_info",
     "save_pretrained",
     "set_num_threads",
-    "share_inputs_",
     "verify_payload",
 ]

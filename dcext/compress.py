@@ -16,10 +16,9 @@ from dcext.calibrate.source import BlockSource
 from dcext.config import CALIBRATED, CompressionConfig
 from dcext.nn import DCEmbedding, DCLinear
 from dcext.nn.compressed import CompressedModule
-from dcext.nn.shared_input import READERS, share_inputs_
 from dcext.quantize.control import FIRST_EXCESS_BITS
 from dcext.quantize.data_free import round_data_free
-from dcext.quantize.fold import fold_col_scales
+from dcext.quantize.fold import READERS, fold_col_scales
 from dcext.quantize.quantized import QuantizedWeight
 from dcext.quantize.report import CompressionReport
 from dcext.quantize.rounding import quantize_absmax
@@ -103,7 +102,7 @@ def compress_(
     )
     if resume is not None:
         resume.remove()
-    return share_inputs_(model)
+    return model
 
 
 def _check_calibration(config: CompressionConfig, calibration: Tensor | None) -> None:

@@ -4,7 +4,6 @@
 operator                  computes
 ========================  ========================================================================================
 ``linear``                ``(x * col_scale) @ (qweight * row_scale[:, None]).T + bias`` straight from the payload
-``linear_group``          the same for several layers that read one ``x``, which is quantized once
 ``embedding``             rows of ``qweight * row_scale[:, None] * col_scale``
 ``encode``                the payload of a ``qweight``
 ``decode_out``            a rectangle of ``qweight``, written into ``out``
@@ -15,7 +14,7 @@ operator                  computes
 
 Shapes: ``x`` (..., in_features) float32, bfloat16 or float16; ``payload`` 1-D uint8; ``row_scale`` (out_features,),
 ``col_scale`` (in_features,) and ``bias`` (out_features,) float32; ``indices`` any shape, int64 or int32. All on the
-CPU. ``linear_group`` takes and returns lists, one entry per layer. ``activations`` is ``"int8"`` (per-token dynamic quantization, exact int32 sums) or ``"none"`` (float32 sums in a
+CPU. ``activations`` is ``"int8"`` (per-token dynamic quantization, exact int32 sums) or ``"none"`` (float32 sums in a
 fixed order); either way the result does not depend on threads or instruction set. Wrong arguments raise ``ValueError``
 or ``TypeError``; ``linear`` and ``embedding`` trust the checksums that were verified when the payload was loaded.
 
@@ -46,18 +45,6 @@ def _(
     activations: str,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], row_scale.shape[0]))
-
-
-@torch.library.register_fake("dcext::linear_group")
-def _(
-    x: Tensor,
-    payloads: list[Tensor],
-    row_scales: list[Tensor],
-    col_scale: Tensor | None,
-    biases: list[Tensor | None],
-    activations: str,
-) -> list[Tensor]:
-    return [x.new_empty((*x.shape[:-1], scale.shape[0])) for scale in row_scales]
 
 
 @torch.library.register_fake("dcext::embedding")

@@ -19,7 +19,6 @@ from dcext.format import CheckpointReader, write_checkpoint
 from dcext.format.manifest import FORMAT_VERSION, parse_json_object
 from dcext.nn import DCEmbedding, DCLinear
 from dcext.nn.compressed import CompressedModule, storage_form, to_weight_memory
-from dcext.nn.shared_input import share_inputs_
 from dcext.quantize.report import CompressionReport
 
 QUANT_METHOD = "dcext"
@@ -129,7 +128,7 @@ def from_pretrained(
     forget_ties(model, set(compressed_modules(model)))
     if dtype is not None:
         model.to(dtype)
-    return share_inputs_(model.eval())
+    return model.eval()
 
 
 def _tied_modules(modules: Mapping[str, CompressedModule]) -> dict[str, str]:

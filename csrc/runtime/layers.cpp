@@ -64,64 +64,34 @@ Failure load_panel(const PayloadView& view, int64_t index, WeightPanel* panel) {
   return decode_region(view, region, Verify::kNo, decoded, layout.cols, serial);
 }
 
+PanelOutput panel_output(const LinearCall& call, int64_t row) {
+  const int64_t rows = call.weight->layout().rows;
+  return {call.row_scale + row, call.bias == nullptr ? nullptr : call.bias + row,
+          static_cast<uint8_t*>(call.y) + row * element_nbytes(call.type), rows, call.type};
+}
+
 const uint8_t* token_at(const LinearCall& call, int64_t m) {
-  return static_cast<const uint8_t*>(call.x) + m * call.cols() * element_nbytes(call.type);
+  return static_cast<const uint8_t*>(call.x) +
+         m * call.weight->layout().cols * element_nbytes(call.type);
 }
 
-// One panel of one of the layers of a call.
-struct Panel {
-  const LinearWeights* layer;
-  int64_t index;
-
-  const PayloadLayout& layout() const { return layer->weight->layout(); }
-  int64_t first_row() const { return index * layout().panel_rows; }
-  int64_t rows() const { return std::min(layout().panel_rows, layout().rows - first_row()); }
-};
-
-int64_t num_panels(const LinearCall& call) {
-  int64_t sum = 0;
-  for (int64_t i = 0; i < call.num_layers; ++i) sum += call.layers[i].weight->layout().num_panels();
-  return sum;
-}
-
-// Panel `index` of all of them, layer after layer.
-Panel panel_at(const LinearCall& call, int64_t index) {
-  const LinearWeights* layer = call.layers;
-  for (; index >= layer->weight->layout().num_panels(); ++layer) {
-    index -= layer->weight->layout().num_panels();
-  }
-  return {layer, index};
-}
-
-PanelOutput panel_output(const LinearCall& call, const Panel& panel) {
-  const LinearWeights& layer = *panel.layer;
-  const int64_t row = panel.first_row();
-  return {layer.row_scale + row, layer.bias == nullptr ? nullptr : layer.bias + row,
-          static_cast<uint8_t*>(layer.y) + row * element_nbytes(call.type), panel.layout().rows,
-          call.type};
-}
-
-// What the panels of a call need of the activations.
+// What the panels of a payload need of the activations.
 struct PanelKinds {
   bool direct = false;  // some are multiplied as they are packed
   bool dense = false;   // some are multiplied from int8
 };
 
-bool is_direct(const LinearCall& call, const Panel& panel) {
-  return call.tokens <= kFewTokens && panel.layout().num_slabs() == 1 &&
-         panel.layer->weight->chunk(panel.index).encoding == Encoding::kPacked;
+bool is_direct(const LinearCall& call, int64_t panel) {
+  return call.tokens <= kFewTokens && call.weight->layout().num_slabs() == 1 &&
+         call.weight->chunk(panel).encoding == Encoding::kPacked;
 }
 
 PanelKinds panel_kinds(const LinearCall& call) {
+  const PayloadLayout& layout = call.weight->layout();
+  if (layout.codec != Codec::kPacked || call.tokens > kFewTokens) return {false, true};
   PanelKinds kinds;
-  for (int64_t i = 0; i < call.num_layers; ++i) {
-    const LinearWeights* layer = call.layers + i;
-    const PayloadLayout& layout = layer->weight->layout();
-    const bool may_be_direct = layout.codec == Codec::kPacked && call.tokens <= kFewTokens;
-    if (!may_be_direct) kinds.dense = true;
-    for (int64_t p = 0; may_be_direct && p < layout.num_panels(); ++p) {
-      (is_direct(call, {layer, p}) ? kinds.direct : kinds.dense) = true;
-    }
+  for (int64_t i = 0; i < layout.num_panels(); ++i) {
+    (is_direct(call, i) ? kinds.direct : kinds.dense) = true;
   }
   return kinds;
 }
@@ -142,7 +112,7 @@ int32_t sum_of(const int8_t* q, int64_t n) {
 Failure quantize_tokens(const LinearCall& call, const GemmKernels& kernels, const PanelKinds& kinds,
                         Executor& executor, QuantizedTokens* out) {
   thread_local Scratch q_scratch, packed_scratch, scale_scratch, sum_scratch;
-  const int64_t cols = call.cols();
+  const int64_t cols = call.weight->layout().cols;
   // Distances that are multiples of a power of two would put all tokens in one set of the L1 cache.
   const int64_t ld = packed_cols(cols) + (kinds.direct && call.tokens > 1 ? 64 : 0);
   // Behind the last token: an exception's column, whatever the payload says, stays inside.
@@ -170,26 +140,28 @@ Failure quantize_tokens(const LinearCall& call, const GemmKernels& kernels, cons
 }
 
 // Sums of one panel with all tokens: acc[m * rows + n].
-Failure multiply_panel(const LinearCall& call, const GemmKernels& kernels, const Panel& panel,
-                       const QuantizedTokens& tokens, int32_t** acc) {
+Failure multiply_panel(const LinearCall& call, const GemmKernels& kernels, int64_t index,
+                       const QuantizedTokens& tokens, int64_t* rows, int32_t** acc) {
   thread_local Scratch acc_scratch;
-  const int64_t acc_nbytes = call.tokens * panel.rows() * static_cast<int64_t>(sizeof(int32_t));
+  const int64_t chunk = index * call.weight->layout().num_slabs();
+  *rows = call.weight->tile(chunk).rows;
+  const int64_t acc_nbytes = call.tokens * *rows * static_cast<int64_t>(sizeof(int32_t));
   *acc = reinterpret_cast<int32_t*>(acc_scratch.reserve(acc_nbytes));
   if (*acc == nullptr) return out_of_memory(acc_nbytes);
-  const PayloadView& view = *panel.layer->weight;
-  if (is_direct(call, panel)) {
-    const PackedTile tile = packed_tile(view, panel.index);
-    if (!counts_add_up(tile)) return Failure{Status::kCorrupt, "exceptions", panel.index, 0, 0};
+  if (is_direct(call, index)) {
+    const PackedTile tile = packed_tile(*call.weight, index);
+    if (!counts_add_up(tile)) return Failure{Status::kCorrupt, "exceptions", index, 0, 0};
     kernels.multiply_packed(tile, tokens.input, call.tokens, *acc);
     return {};
   }
-  WeightPanel weights;
-  if (const Failure bad = load_panel(view, panel.index, &weights); !bad.ok()) return bad;
-  kernels.multiply(weights, tokens.packed, call.tokens, *acc);
+  WeightPanel panel;
+  if (const Failure bad = load_panel(*call.weight, index, &panel); !bad.ok()) return bad;
+  kernels.multiply(panel, tokens.packed, call.tokens, *acc);
   return {};
 }
 
 Failure run_int8(const LinearCall& call, Executor& executor) {
+  const PayloadLayout& layout = call.weight->layout();
   const GemmKernels& kernels = gemm_kernels(call.isa, call.tokens);
   QuantizedTokens tokens;
   if (const Failure bad = quantize_tokens(call, kernels, panel_kinds(call), executor, &tokens);
@@ -197,39 +169,41 @@ Failure run_int8(const LinearCall& call, Executor& executor) {
     return bad;
   }
   FailureSlot failure;
-  executor.run(num_panels(call), [&](int64_t index, int) {
-    const Panel panel = panel_at(call, index);
+  executor.run(layout.num_panels(), [&](int64_t index, int) {
+    int64_t rows;
     int32_t* acc;
-    const Failure bad = multiply_panel(call, kernels, panel, tokens, &acc);
+    const Failure bad = multiply_panel(call, kernels, index, tokens, &rows, &acc);
     if (!bad.ok()) return failure.record(bad);
-    kernels.dequantize(acc, call.tokens, panel.rows(), tokens.scale, panel_output(call, panel));
+    kernels.dequantize(acc, call.tokens, rows, tokens.scale,
+                       panel_output(call, index * layout.panel_rows));
   });
   return failure.get();
 }
 
 Failure run_weight_only(const LinearCall& call, Executor& executor) {
   thread_local Scratch x_scratch;
-  const int64_t cols = call.cols(), stride = weight_only_cols(cols);
+  const PayloadLayout& layout = call.weight->layout();
   const GemmKernels& kernels = gemm_kernels(call.isa, call.tokens);
+  const int64_t stride = weight_only_cols(layout.cols);
   const int64_t x_nbytes = call.tokens * stride * static_cast<int64_t>(sizeof(float));
   auto* x = reinterpret_cast<float*>(x_scratch.reserve(x_nbytes));
   if (x == nullptr) return out_of_memory(x_nbytes);
 
   executor.run(call.tokens, [&](int64_t m, int) {
-    kernels.widen(token_at(call, m), call.type, call.col_scale, cols, x + m * stride);
+    kernels.widen(token_at(call, m), call.type, call.col_scale, layout.cols, x + m * stride);
   });
   FailureSlot failure;
-  executor.run(num_panels(call), [&](int64_t index, int) {
+  executor.run(layout.num_panels(), [&](int64_t index, int) {
     thread_local Scratch row_scratch;
-    const Panel panel = panel_at(call, index);
-    WeightPanel weights;
-    if (const Failure bad = load_panel(*panel.layer->weight, panel.index, &weights); !bad.ok()) {
+    WeightPanel panel;
+    if (const Failure bad = load_panel(*call.weight, index, &panel); !bad.ok()) {
       return failure.record(bad);
     }
-    const int64_t row_nbytes = weight_only_scratch_nbytes(cols);
+    const int64_t row_nbytes = weight_only_scratch_nbytes(layout.cols);
     auto* rows = reinterpret_cast<float*>(row_scratch.reserve(row_nbytes));
     if (rows == nullptr) return failure.record(out_of_memory(row_nbytes));
-    kernels.multiply_weight_only(weights, x, call.tokens, rows, panel_output(call, panel));
+    kernels.multiply_weight_only(panel, x, call.tokens, rows,
+                                 panel_output(call, index * layout.panel_rows));
   });
   return failure.get();
 }
@@ -237,20 +211,16 @@ Failure run_weight_only(const LinearCall& call, Executor& executor) {
 }  // namespace
 
 Failure run_linear(const LinearCall& call, Executor& executor) {
-  std::vector<LinearWeights> layers(call.layers, call.layers + call.num_layers);
   for (int64_t begin = 0; begin < call.tokens; begin += kMaxTokens) {
     LinearCall part = call;
-    part.layers = layers.data();
     part.tokens = std::min(kMaxTokens, call.tokens - begin);
     part.x = token_at(call, begin);
+    part.y = static_cast<uint8_t*>(call.y) +
+             begin * call.weight->layout().rows * element_nbytes(call.type);
     const Failure failure = call.activations == Activations::kInt8
                                 ? run_int8(part, executor)
                                 : run_weight_only(part, executor);
     if (!failure.ok()) return failure;
-    for (LinearWeights& layer : layers) {
-      layer.y = static_cast<uint8_t*>(layer.y) +
-                part.tokens * layer.weight->layout().rows * element_nbytes(call.type);
-    }
   }
   return {};
 }

@@ -9,33 +9,24 @@ namespace dcext {
 /** How activations enter the product: quantized to int8 per token (W8A8), or as they are, in float32 (W8A16). */
 enum class Activations : int { kInt8 = 0, kNone = 1 };
 
-/** The weights of one layer, and where its outputs go. */
-struct LinearWeights {
+/** y = row_scale * (qweight @ (x * col_scale)) + bias for `tokens` tokens. */
+struct LinearCall {
   const PayloadView* weight;
   const float* row_scale;  ///< (rows,)
+  const float* col_scale;  ///< (cols,) or null
   const float* bias;       ///< (rows,) or null
-  void* y;                 ///< (tokens, rows), contiguous
-};
-
-/** y = row_scale * (qweight @ (x * col_scale)) + bias for `tokens` tokens, for layers that read the same input: it is
- *  quantized once, and the panels of all layers are shared out together. */
-struct LinearCall {
-  const LinearWeights* layers;  ///< all of the same number of columns
-  int64_t num_layers;           ///< at least 1
-  const float* col_scale;       ///< (cols,) or null
-  const void* x;                ///< (tokens, cols) of `type`, contiguous
-  ElementType type;             ///< of x and of every y
+  const void* x;           ///< (tokens, cols) of `type`, contiguous
+  void* y;                 ///< (tokens, rows) of `type`, contiguous
+  ElementType type;
   int64_t tokens;
   Activations activations;
   Isa isa;
-
-  int64_t cols() const { return layers[0].weight->layout().cols; }
 };
 
-/** Runs layers: each panel is decoded into a thread's own scratch, which fits in the L2 cache, and multiplied there;
+/** Runs a layer: each panel is decoded into a thread's own scratch, which fits in the L2 cache, and multiplied there;
  *  raw panels are multiplied where they lie, and so are packed ones with few quantized tokens. Memory carries the stored bytes once per 2,048 tokens.
  *  Stored bytes are not compared with their checksums (Verify::kNo): that is done when a payload is loaded.
- *  @return the failure of the lowest failing chunk, else kOk. On failure outputs are partly written.
+ *  @return the failure of the lowest failing chunk, else kOk. On failure `y` is partly written.
  *  Threading: any number of calls at the same time. Scratch is per thread, grows to what the largest layer needs
  *  (panel + activations + sums of 2,048 tokens) and is kept. */
 Failure run_linear(const LinearCall& call, Executor& executor);

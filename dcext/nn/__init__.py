@@ -2,6 +2,5 @@
 
 from dcext.nn.embedding import DCEmbedding
 from dcext.nn.linear import DCLinear
-from dcext.nn.shared_input import share_inputs_
 
-__all__ = ["DCEmbedding", "DCLinear", "share_inputs_"]
+__all__ = ["DCEmbedding", "DCLinear"]

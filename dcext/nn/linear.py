@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +10,6 @@ from dcext.codec import encode
 from dcext.config import ACTIVATIONS
 from dcext.nn.compressed import CompressedModule
 from dcext.quantize import quantize_absmax
-
-if TYPE_CHECKING:
-    from dcext.nn.shared_input import SharedInput
 
 _linear = torch.ops.dcext.linear.default
 
@@ -36,7 +31,6 @@ class DCLinear(CompressedModule):
     bias: Tensor | None
     outlier_index: Tensor | None
     outlier_weight: Tensor | None
-    shared_input: SharedInput | None = None  # of share_inputs_
 
     def __init__(
         self,
@@ -167,20 +161,14 @@ class DCLinear(CompressedModule):
         Returns:
             ``(..., out_features)``, dtype of ``x``. A token with NaN or infinity gives NaN (W8A8).
         """
-        if self.shared_input is not None and not torch.compiler.is_compiling():
-            y = self.shared_input.output(self, x)
-        else:
-            y = torch.ops.dcext.linear(
-                x, self.payload, self.row_scale, self.col_scale, self.bias, self.activations
-            )
-        if self.outlier_index is None or self.outlier_weight is None:
+        own = self._buffers  # looking them up as attributes takes as long as a small layer's product
+        scales = (own["row_scale"], own["col_scale"])
+        y = _linear(x, own["payload"], *scales, own["bias"], self.activations)
+        index, weight = own["outlier_index"], own["outlier_weight"]
+        if index is None or weight is None:
             return y
-        columns = x.index_select(-1, self.outlier_index).float()
-        return y + (columns @ self.outlier_weight.float().t()).to(y.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles get: not the layers that this one runs together with."""
-        return {key: value for key, value in self.__dict__.items() if key != "shared_input"}
+        columns = x.index_select(-1, index).float()
+        return y + (columns @ weight.float().t()).to(y.dtype)
 
     @property
     def stored_nbytes(self) -> int:

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from dcext.nn import DCLinear
-from dcext.nn.shared_input import FAMILIES, READERS
+
+# In decoder blocks of the Llama family: a norm, and all layers that read it.
+READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
 def fold_col_scales(block: nn.Module) -> list[str]:
