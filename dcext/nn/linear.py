@@ -161,9 +161,8 @@ class DCLinear(CompressedModule):
         Returns:
             ``(..., out_features)``, dtype of ``x``. A token with NaN or infinity gives NaN (W8A8).
         """
-        own = (
-            self._buffers
-        )  # looking them up as attributes takes as long as a small layer's product
+        # Looking buffers up as attributes takes as long as a small layer's product.
+        own = self._buffers
         scales = (own["row_scale"], own["col_scale"])
         y = _linear(x, own["payload"], *scales, own["bias"], self.activations)
         index, weight = own["outlier_index"], own["outlier_weight"]
