@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dcext.errors import FormatError
+from dcext.codec import payload_info, verify_payload
 
 BLOCK_ROWS, GROUP_COLS, PIECE_BYTES, TABLE_BYTES = 16, 32, 64, 64
-WIDTHS = (2, 3, 4, 5, 6)
 RAW_WIDTH = 8  # stands in the index for a tile that is stored raw
 TILE_BLOCKS = (1, 4)  # blocks of rows that one program of a kernel may take
-
-_MAX_COLS = 2**16  # of a packed tile; sums of as many products fit in int32 in any order
-_MAGIC, _VERSION, _CODEC_PACKED = b"DCEXTPL\n", 1, 2
-_ENCODING_RAW, _ENCODING_PACKED = 0, 2
-_HEADER = np.dtype(
-    [
-        ("magic", "S8"),
-        ("version", "<u2"),
-        ("codec", "u1"),
-        ("reserved", "V5"),
-        ("rows", "<u8"),
-        ("cols", "<u8"),
-        ("panel_rows", "<u4"),
-        ("slab_cols", "<u4"),
-        ("nbytes", "<u8"),
-        ("num_chunks", "<u4"),
-        ("end", "V12"),
-    ]
-)
-_CHUNK = np.dtype(
-    [
-        ("offset", "<u8"),
-        ("nbytes", "<u4"),
-        ("frame_nbytes", "<u4"),
-        ("encoding", "u1"),
-        ("width", "u1"),
-        ("end", "V14"),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -86,11 +57,11 @@ class PackedWeight:
         """Copies a payload to a device and indexes it.
 
         Args:
-            payload: 1-D uint8 on the CPU, codec packed, one slab; its checksums are taken as verified.
+            payload: 1-D uint8 on the CPU, codec packed, one slab. Every byte is verified.
             device: where the weight shall rest.
 
         Raises:
-            FormatError: header, chunk table or exceptions contradict the format.
+            FormatError: the payload is corrupt, truncated or of another version.
             ValueError: another codec, more than one slab, or not a 1-D uint8 tensor on the CPU.
         """
         if payload.dtype != torch.uint8 or payload.dim() != 1 or payload.device.type != "cpu":
@@ -98,13 +69,15 @@ class PackedWeight:
                 "PackedWeight: payload: expected a 1-D torch.uint8 tensor on the CPU, got "
                 f"{payload.dim()}-D {payload.dtype} on {payload.device}"
             )
-        data = payload.contiguous().numpy()
-        header, chunks = _parse(data)
-        rows, cols = int(header["rows"]), int(header["cols"])
-        panels = [
-            _Panel(data, chunk, row, min(int(header["panel_rows"]), rows - row), cols)
-            for chunk, row in zip(chunks, range(0, rows, int(header["panel_rows"])), strict=True)
-        ]
+        payload = payload.contiguous()
+        info = payload_info(payload)
+        verify_payload(payload)
+        if info["codec"] != "packed" or info["slab_cols"] != info["shape"][1]:
+            raise ValueError(
+                f"PackedWeight: payload: expected codec packed and one slab of {info['shape'][1]} columns, "
+                f"got {info['codec']} and slabs of {info['slab_cols']}"
+            )
+        panels = [_Panel(payload.numpy(), chunk) for chunk in info["chunks"]]
         tiles = {
             blocks: torch.tensor([tile for panel in panels for tile in panel.tiles(blocks)])
             for blocks in TILE_BLOCKS
@@ -113,7 +86,7 @@ class PackedWeight:
         if exceptions is not None:
             exceptions = Exceptions(*(tensor.to(device) for tensor in exceptions.tensors()))
         return cls(
-            (rows, cols),
+            info["shape"],
             payload.to(device, copy=True),
             {blocks: index.to(device) for blocks, index in tiles.items()},
             exceptions,
@@ -134,24 +107,18 @@ class PackedWeight:
 
 
 class _Panel:
-    """One chunk: where its parts lie. ``data`` is the whole payload."""
+    """One verified chunk: where its parts lie. ``data`` is the whole payload."""
 
-    def __init__(self, data: np.ndarray, chunk: np.void, row: int, rows: int, cols: int) -> None:
-        self.row, self.rows, self.cols = row, rows, cols
-        self.offset, nbytes = int(chunk["offset"]), int(chunk["nbytes"])
-        self.is_raw = int(chunk["encoding"]) == _ENCODING_RAW
-        self.width = RAW_WIDTH if self.is_raw else int(chunk["width"])
-        self.blocks = -(-rows // BLOCK_ROWS)
-        groups = -(-cols // GROUP_COLS)
-        self.block_bytes = BLOCK_ROWS * cols if self.is_raw else groups * self.width * PIECE_BYTES
-        self.codes = self.offset if self.is_raw else self.offset + TABLE_BYTES
-        expected = rows * cols if self.is_raw else TABLE_BYTES + self.blocks * self.block_bytes
-        if nbytes < expected or (self.is_raw and nbytes != expected):
-            raise FormatError(
-                f"PackedWeight: chunk at row {row}: expected {expected} bytes or more, got {nbytes}"
-            )
-        self.chunk = data[self.offset : self.offset + nbytes]
-        self.codes_end = expected
+    def __init__(self, data: np.ndarray, chunk: dict[str, Any]) -> None:
+        self.row, (self.rows, self.cols) = chunk["row"], chunk["shape"]
+        self.offset, self.num_exceptions = chunk["offset"], chunk["exceptions"]
+        is_raw = chunk["encoding"] == "raw"
+        self.width = RAW_WIDTH if is_raw else chunk["width"]
+        self.blocks = -(-self.rows // BLOCK_ROWS)
+        groups = -(-self.cols // GROUP_COLS)
+        self.block_bytes = BLOCK_ROWS * self.cols if is_raw else groups * self.width * PIECE_BYTES
+        self.codes = self.offset if is_raw else self.offset + TABLE_BYTES
+        self.chunk = data[self.offset : self.offset + chunk["nbytes"]]
 
     def tiles(self, blocks: int) -> list[tuple[int, int, int, int, int]]:
         """Offset of the codes, offset of the table, first row, rows and width of each tile."""
@@ -168,73 +135,15 @@ class _Panel:
 
     def exceptions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """How many each row has, their columns, and their distances from the weight of code 0."""
-        stored = self.chunk[self.codes_end :]
-        if stored.size == 0:
+        if self.num_exceptions == 0:
             return np.zeros(self.rows, np.uint16), np.zeros(0, np.uint16), np.zeros(0, np.int16)
-        counts_bytes = 2 * BLOCK_ROWS * self.blocks
-        counts = stored[: min(counts_bytes, stored.size // 2 * 2)].view("<u2")
-        total = int(counts.sum())
-        expected = counts_bytes + 3 * total
-        if total == 0 or stored.size != expected or counts[self.rows :].any():
-            raise FormatError(
-                f"PackedWeight: exceptions at row {self.row}: expected {expected} bytes for {total} of them, "
-                f"got {stored.size}"
-            )
-        columns = stored[counts_bytes : counts_bytes + 2 * total].view("<u2")
-        rows = np.repeat(np.arange(self.rows), counts[: self.rows])
-        position = rows * self.cols + columns
-        if (columns >= self.cols).any() or (np.diff(position) <= 0).any():
-            raise FormatError(
-                f"PackedWeight: exceptions at row {self.row}: expected ascending columns in [0, {self.cols}), "
-                f"got others, up to {int(columns.max())}"
-            )
-        delta = stored[-total:].view(np.int8).astype(np.int16) - self.chunk[:1].view(np.int8)
-        return counts[: self.rows], columns, delta
-
-
-def _parse(data: np.ndarray) -> tuple[np.void, np.ndarray]:
-    """Header and chunk table of a packed payload of one slab."""
-    if data.size < _HEADER.itemsize or bytes(data[:8]) != _MAGIC:
-        raise FormatError(f"PackedWeight: expected a payload, got {bytes(data[:8])!r}")
-    header = data[: _HEADER.itemsize].view(_HEADER)[0]
-    if header["version"] != _VERSION or header["codec"] != _CODEC_PACKED:
-        raise ValueError(
-            f"PackedWeight: expected version {_VERSION} and codec packed ({_CODEC_PACKED}), "
-            f"got {header['version']} and {header['codec']}"
-        )
-    if header["slab_cols"] != header["cols"] or header["cols"] > _MAX_COLS:
-        raise ValueError(
-            f"PackedWeight: expected one slab of {header['cols']} columns, at most {_MAX_COLS}, "
-            f"got slabs of {header['slab_cols']}"
-        )
-    num_chunks = int(header["num_chunks"])
-    panels = -(-int(header["rows"]) // max(int(header["panel_rows"]), 1))
-    table_end = _HEADER.itemsize + num_chunks * _CHUNK.itemsize
-    if num_chunks != panels or header["nbytes"] != data.size or table_end > data.size:
-        raise FormatError(
-            f"PackedWeight: expected {panels} chunks in {data.size} bytes, "
-            f"got {num_chunks} in {header['nbytes']}"
-        )
-    chunks = data[_HEADER.itemsize : table_end].view(_CHUNK)
-    for chunk in chunks:
-        _check(chunk, data.size)
-    return header, chunks
-
-
-def _check(chunk: np.void, nbytes: int) -> None:
-    is_packed = chunk["encoding"] == _ENCODING_PACKED and chunk["width"] in WIDTHS
-    is_raw = chunk["encoding"] == _ENCODING_RAW and chunk["width"] == 0
-    if not is_packed and not is_raw:
-        raise FormatError(
-            f"PackedWeight: expected a packed chunk of width {WIDTHS[0]} to {WIDTHS[-1]} or a raw one, "
-            f"got encoding {chunk['encoding']} of width {chunk['width']}"
-        )
-    end = int(chunk["offset"]) + int(chunk["nbytes"])
-    if chunk["offset"] % PIECE_BYTES or end > nbytes:
-        raise FormatError(
-            f"PackedWeight: expected chunks at multiples of {PIECE_BYTES} within {nbytes} bytes, "
-            f"got bytes {chunk['offset']} to {end}"
-        )
+        counts_begin = TABLE_BYTES + self.blocks * self.block_bytes
+        columns_begin = counts_begin + 2 * BLOCK_ROWS * self.blocks
+        values_begin = columns_begin + 2 * self.num_exceptions
+        counts = self.chunk[counts_begin:columns_begin].view("<u2")
+        columns = self.chunk[columns_begin:values_begin].view("<u2")
+        values = self.chunk[values_begin:].view(np.int8).astype(np.int16)
+        return counts[: self.rows], columns, values - self.chunk[:1].view(np.int8)
 
 
 def _exceptions(panels: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Exceptions | None:
