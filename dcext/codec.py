@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dcext import _C
 
-CODECS = ("auto", "raw", "zstd")
+CODECS = ("auto", "raw", "zstd", "packed")
 
 
 def encode(
