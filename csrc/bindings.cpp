@@ -25,13 +25,14 @@ py::dict payload_info(const at::Tensor& payload) {
     entry["row"] = tile.row;
     entry["col"] = tile.col;
     entry["shape"] = py::make_tuple(tile.rows, tile.cols);
-    entry["encoding"] = chunk.encoding == Encoding::kRaw ? "raw" : "zstd";
+    entry["encoding"] = encoding_name(chunk.encoding);
     entry["pairs"] = chunk.filter.pairs;
     entry["low_bits"] = chunk.filter.low_bits;
+    entry["width"] = chunk.width;
     entry["offset"] = chunk.offset;
     entry["nbytes"] = chunk.nbytes;
     entry["frame_nbytes"] = chunk.frame_nbytes;
-    entry["exceptions"] = chunk.num_exceptions(tile.weights());
+    entry["exceptions"] = chunk.num_exceptions(tile);
     chunks.append(entry);
   }
   py::dict info;
@@ -54,7 +55,7 @@ void verify_payload(const at::Tensor& payload) {
   const PayloadView view = parse_payload("dcext.verify_payload", payload);
   const py::gil_scoped_release release;
   for (int64_t i = 0; i < view.layout().num_chunks(); ++i) {
-    raise_if_failed("dcext.verify_payload", view.verify_chunk(i));
+    raise_if_failed("dcext.verify_payload", verify_chunk(view, i));
   }
 }
 

@@ -36,13 +36,16 @@ std::atomic<Isa>& isa_setting() {
 
 CodecChoice parse_choice(c10::string_view codec, int64_t level, const int8_t* qweight, int64_t rows,
                          int64_t cols, Executor& executor) {
-  TORCH_CHECK_VALUE(codec == "auto" || codec == "raw" || codec == "zstd",
-                    "dcext::encode: codec: expected 'auto', 'raw' or 'zstd', got '", codec, "'");
+  TORCH_CHECK_VALUE(codec == "auto" || codec == "raw" || codec == "zstd" || codec == "packed",
+                    "dcext::encode: codec: expected 'auto', 'raw', 'zstd' or 'packed', got '",
+                    codec, "'");
   TORCH_CHECK_VALUE(level >= 0 && level <= kMaxZstdLevel, "dcext::encode: level: expected 1..",
                     kMaxZstdLevel, " or 0 for literals only, got ", level);
   TORCH_CHECK_VALUE(level == 0 || codec == "zstd",
                     "dcext::encode: level: expected none with codec '", codec, "', got ", level);
-  CodecChoice choice{codec == "raw" ? Codec::kRaw : Codec::kZstd, static_cast<int>(level)};
+  CodecChoice choice{Codec::kZstd, static_cast<int>(level)};
+  if (codec == "raw") choice.codec = Codec::kRaw;
+  if (codec == "packed") choice.codec = Codec::kPacked;
   if (codec != "auto") return choice;
   const Status status = choose_codec(qweight, rows, cols, executor, &choice);
   raise_if_failed("dcext::encode", Failure{status, "sample tiles", -1, 0, 0});

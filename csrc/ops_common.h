@@ -39,7 +39,7 @@ const float* optional_vector_data(const char* op, const char* argument,
                                   at::Device device);
 
 /** Encodes `qweight` ((out_features, in_features) int8, CPU) on the library's pool.
- *  @param codec   "auto", "raw" or "zstd"; @param level 0 (literals only) or 1..22, for "zstd" only.
+ *  @param codec   "auto", "raw", "zstd" or "packed"; @param level 0 (literals only) or 1..22, for "zstd" only.
  *  @param slab_cols   columns of a tile, 0 = all. */
 at::Tensor encode(const at::Tensor& qweight, c10::string_view codec, int64_t level,
                   int64_t slab_cols);

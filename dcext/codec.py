@@ -19,7 +19,8 @@ def encode(
 
     Args:
         qweight: ``(out_features, in_features)`` int8 on the CPU, any values, at least one element. Not modified.
-        codec: ``"raw"`` (8 bits each), ``"zstd"`` (entropy-coded), or ``"auto"``: the one that a sample favours.
+        codec: ``"raw"`` (8 bits each), ``"zstd"`` (entropy-coded), ``"packed"`` (codes of fixed width, multiplied as
+            they rest), or ``"auto"``: raw or zstd, what a sample favours.
         level: for ``"zstd"``: None codes literals only, the best choice for weights, which have no repeats; 1 to 22
             are Zstandard's own levels, for matrices with real repeats.
         slab_cols: columns of a tile; None for all, so that rows lie in one piece. Smaller slabs let a tensor-parallel
@@ -80,8 +81,9 @@ def payload_info(payload: Tensor) -> dict[str, Any]:
 
     Returns:
         ``shape``, ``codec``, ``level`` (0: literals only), ``panel_rows``, ``slab_cols``, ``nbytes``, and ``chunks``:
-        a list of dicts with ``row``, ``col``, ``shape``, ``encoding``, ``pairs``, ``low_bits``, ``offset``,
-        ``nbytes``, ``frame_nbytes`` (the zstd frame, which starts at ``offset``) and ``exceptions``.
+        a list of dicts with ``row``, ``col``, ``shape``, ``encoding``, ``pairs``, ``low_bits``, ``width``
+        (packed: bits of a code), ``offset``, ``nbytes``, ``frame_nbytes`` (the zstd frame, which starts at ``offset``)
+        and ``exceptions``.
 
     Raises:
         FormatError: header or chunk table is corrupt, truncated or of another version.

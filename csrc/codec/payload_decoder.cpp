@@ -5,16 +5,18 @@
 
 #include "base/scratch.h"
 #include "codec/filter.h"
+#include "codec/packed.h"
 #include "codec/zstd_frame.h"
 
 namespace dcext {
 namespace {
 
 // Frame, planes and exceptions of one tile. Without `pairs` the frame is decoded in place.
-Status decode_coded(const uint8_t* src, const Chunk& chunk, int64_t weights, int8_t* dst,
-                    int64_t dst_capacity) {
+Status decode_zstd(const uint8_t* src, const Chunk& chunk, const Tile& tile, int8_t* dst,
+                   int64_t dst_capacity) {
   thread_local Scratch pairs_scratch;
   const Filter& filter = chunk.filter;
+  const int64_t weights = tile.weights(), num_exceptions = chunk.num_exceptions(tile);
   const int64_t highs_nbytes = filtered_nbytes(filter, weights);
   uint8_t* highs = reinterpret_cast<uint8_t*>(dst);
   if (filter.pairs) {
@@ -29,7 +31,7 @@ Status decode_coded(const uint8_t* src, const Chunk& chunk, int64_t weights, int
   const uint8_t* planes = src + chunk.frame_nbytes;
   undo_filter(filter, highs, planes, weights, dst);
   const uint8_t* exceptions = planes + filter.planes_nbytes(weights);
-  const bool valid = apply_exceptions(exceptions, chunk.num_exceptions(weights), weights, dst);
+  const bool valid = apply_exceptions(exceptions, num_exceptions, weights, dst);
   return valid ? Status::kOk : Status::kCorrupt;
 }
 
@@ -89,20 +91,30 @@ Failure decode_tile(const PayloadView& view, int64_t index, const Region& region
 Failure decode_chunk(const PayloadView& view, int64_t index, Verify verify, int8_t* dst,
                      int64_t dst_capacity) {
   const Chunk chunk = view.chunk(index);
-  const int64_t weights = view.tile(index).weights();
+  const Tile tile = view.tile(index);
   const uint8_t* src = view.data() + chunk.offset;
   Status status = Status::kOk;
-  if (chunk.encoding == Encoding::kRaw) {
-    std::memcpy(dst, src, static_cast<size_t>(weights));
-  } else {
-    status = decode_coded(src, chunk, weights, dst, dst_capacity);
+  switch (chunk.encoding) {
+    case Encoding::kRaw: std::memcpy(dst, src, static_cast<size_t>(tile.weights())); break;
+    case Encoding::kZstd: status = decode_zstd(src, chunk, tile, dst, dst_capacity); break;
+    case Encoding::kPacked:
+      if (!decode_packed(packed_tile(view, index), dst, tile.cols)) status = Status::kCorrupt;
+      break;
   }
   // After decoding, which is safe on any bytes: now they are in the cache, and hashing them is nearly free.
   if (verify == Verify::kYes) {
     if (Failure bad = view.verify_chunk(index); !bad.ok()) return bad;
   }
   if (status == Status::kOk) return {};
-  return Failure{status, "decoded bytes", index, static_cast<uint64_t>(weights), 0};
+  return Failure{status, "decoded bytes", index, static_cast<uint64_t>(tile.weights()), 0};
+}
+
+Failure verify_chunk(const PayloadView& view, int64_t index) {
+  if (Failure bad = view.verify_chunk(index); !bad.ok()) return bad;
+  if (view.chunk(index).encoding != Encoding::kPacked || check_packed(packed_tile(view, index))) {
+    return {};
+  }
+  return Failure{Status::kCorrupt, "exceptions", index, 0, 0};
 }
 
 Failure decode_region(const PayloadView& view, const Region& region, Verify verify, int8_t* dst,

@@ -25,6 +25,10 @@ enum class Verify : bool { kNo = false, kYes = true };
 Failure decode_chunk(const PayloadView& view, int64_t index, Verify verify, int8_t* dst,
                      int64_t dst_capacity);
 
+/** Compares chunk `index` with its checksum and, without decoding it, checks what layers rely on afterwards.
+ *  @return kOk, kBadChecksum or kCorrupt. */
+Failure verify_chunk(const PayloadView& view, int64_t index);
+
 /** Decodes a rectangle straight to its place; only chunks that it touches are read.
  *  @param region   not empty, inside the matrix.
  *  @param dst, ld_dst   row-major destination and the distance of its rows in bytes, at least `region.cols()`.

@@ -8,6 +8,7 @@
 
 #include "base/checksum.h"
 #include "codec/filter.h"
+#include "codec/packed.h"
 #include "codec/zstd_frame.h"
 
 namespace dcext {
@@ -28,6 +29,7 @@ struct EncodedChunk {
   size_t frame_nbytes = 0;
   Encoding encoding = Encoding::kRaw;
   Filter filter;
+  int width = 0;
 };
 
 // Work space of one worker.
@@ -116,6 +118,19 @@ Status encode_tile(const int8_t* src, int64_t n, int level, Workspace* work, Enc
   return Status::kOk;
 }
 
+// `src` is the tile where it lies in the matrix.
+void pack_tile(const int8_t* src, int64_t ld, const Tile& tile, EncodedChunk* out) {
+  int64_t counts[256] = {};
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t c = 0; c < tile.cols; ++c) ++counts[static_cast<uint8_t>(src[r * ld + c])];
+  }
+  int8_t table[kTableNbytes];
+  out->width = choose_width(tile, counts, table);
+  if (out->width == 0) return;
+  out->encoding = Encoding::kPacked;
+  encode_packed(src, ld, tile, out->width, table, &out->bytes);
+}
+
 // Encodes the tiles named by `indices` on the executor's threads.
 Status encode_tiles(const int8_t* qweight, const PayloadLayout& layout, int level,
                     const std::vector<int64_t>& indices, Executor& executor,
@@ -124,6 +139,11 @@ Status encode_tiles(const int8_t* qweight, const PayloadLayout& layout, int leve
   std::vector<std::unique_ptr<Workspace>> workspaces(executor.num_workers());
   std::atomic<Status> first{Status::kOk};
   const auto encode_one = [&](int64_t i, int worker) {
+    if (layout.codec == Codec::kPacked) {
+      const Tile tile = layout.tile(indices[i]);
+      pack_tile(qweight + tile.row * layout.cols + tile.col, layout.cols, tile, &(*chunks)[i]);
+      return Status::kOk;
+    }
     std::unique_ptr<Workspace>& work = workspaces[worker];
     if (work == nullptr) work = std::make_unique<Workspace>(level);
     const Tile tile = layout.tile(indices[i]);
@@ -213,17 +233,22 @@ Status choose_codec(const int8_t* qweight, int64_t rows, int64_t cols, Executor&
 
 PayloadLayout plan_layout(int64_t rows, int64_t cols, int64_t slab_cols,
                           const CodecChoice& choice) {
-  constexpr int64_t kTile = int64_t{256} << 10, kRowMultiple = 16;
+  constexpr int64_t kTile = int64_t{256} << 10, kPackedTile = int64_t{128} << 10;
+  constexpr int64_t kRowMultiple = 16;
+  const bool packed = choice.codec == Codec::kPacked;
   PayloadLayout layout;
   layout.codec = choice.codec;
-  layout.level = static_cast<int16_t>(choice.codec == Codec::kRaw ? 0 : choice.level);
+  layout.level = static_cast<int16_t>(choice.codec == Codec::kZstd ? choice.level : 0);
   layout.rows = rows;
   layout.cols = cols;
-  layout.slab_cols = std::min({slab_cols == 0 ? cols : slab_cols, cols, kMaxTileWeights});
-  const int64_t most_rows = std::clamp<int64_t>(kTile / layout.slab_cols, 1, rows);
+  const int64_t most_cols = packed ? kMaxPackedCols : kMaxTileWeights;
+  layout.slab_cols = std::min({slab_cols == 0 ? cols : slab_cols, cols, most_cols});
+  const int64_t fewest_rows = packed ? std::min(kBlockRows, rows) : 1;
+  const int64_t most_rows =
+      std::clamp<int64_t>((packed ? kPackedTile : kTile) / layout.slab_cols, fewest_rows, rows);
   const int64_t panels = ceil_div(rows, most_rows);
   int64_t panel_rows = ceil_div(rows, panels);
-  if (panel_rows > kRowMultiple) panel_rows = align_up(panel_rows, kRowMultiple);
+  if (packed || panel_rows > kRowMultiple) panel_rows = align_up(panel_rows, kRowMultiple);
   layout.panel_rows = std::min(panel_rows, rows);
   return layout;
 }
@@ -234,7 +259,7 @@ Status encode_payload(const int8_t* qweight, const PayloadLayout& layout, Execut
   std::vector<int64_t> all(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) all[i] = i;
   std::vector<EncodedChunk> encoded(static_cast<size_t>(n));
-  if (layout.codec == Codec::kZstd) {
+  if (layout.codec != Codec::kRaw) {
     const Status status = encode_tiles(qweight, layout, layout.level, all, executor, &encoded);
     if (status != Status::kOk) return status;
   }
@@ -246,6 +271,7 @@ Status encode_payload(const int8_t* qweight, const PayloadLayout& layout, Execut
     chunks[i].frame_nbytes = static_cast<uint32_t>(encoded[i].frame_nbytes);
     chunks[i].encoding = encoded[i].encoding;
     chunks[i].filter = encoded[i].filter;
+    chunks[i].width = encoded[i].width;
     offset = chunks[i].extent_end();
   }
   uint8_t* payload = allocate(offset);

@@ -24,7 +24,8 @@ Status choose_codec(const int8_t* qweight, int64_t rows, int64_t cols, Executor&
                     CodecChoice* choice);
 
 /** The grid of tiles for a matrix: panels of at most about 256 KiB, two blocks of zstd of which the second reuses the
- *  Huffman table of the first; of equal height where possible, a multiple of 16 rows.
+ *  Huffman table of the first, or half of that to be packed, so that widths follow the weights; of equal height where
+ *  possible, a multiple of 16 rows.
  *  @param slab_cols   columns of a tile; 0 = all of them, so that a tile is one contiguous piece of the matrix. */
 PayloadLayout plan_layout(int64_t rows, int64_t cols, int64_t slab_cols, const CodecChoice& choice);
 

@@ -12,7 +12,7 @@ constexpr int kVersionAt = 8, kCodecAt = 10, kReserved0At = 11, kLevelAt = 12, k
 constexpr int kRowsAt = 16, kColsAt = 24, kPanelRowsAt = 32, kSlabColsAt = 36, kNbytesAt = 40;
 constexpr int kNumChunksAt = 48, kReserved2At = 52, kChecksumAt = 56;
 // ... and of a chunk entry's.
-constexpr int kOffsetAt = 0, kStoredAt = 8, kFrameAt = 12, kEncodingAt = 16, kLowBitsAt = 17,
+constexpr int kOffsetAt = 0, kStoredAt = 8, kFrameAt = 12, kEncodingAt = 16, kBitsAt = 17,
               kPairsAt = 18;
 constexpr int kChunkChecksumAt = 24;
 
@@ -68,6 +68,10 @@ Failure read_layout(const uint8_t* data, PayloadLayout* layout) {
   if (panel_rows * slab_cols > static_cast<uint64_t>(kMaxTileWeights)) {
     return failure(Status::kBadHeader, "tile weights", kMaxTileWeights, panel_rows * slab_cols);
   }
+  if (codec == static_cast<uint8_t>(Codec::kPacked) &&
+      slab_cols > static_cast<uint64_t>(kMaxPackedCols)) {
+    return failure(Status::kBadHeader, "slab_cols", kMaxPackedCols, slab_cols);
+  }
   if (data[kReserved0At] != 0 || load_le<uint16_t>(data + kReserved1At) != 0 ||
       load_le<uint32_t>(data + kReserved2At) != 0) {
     return failure(Status::kBadHeader, "reserved bytes", 0, 1);
@@ -102,7 +106,7 @@ Failure check_sizes(const uint8_t* data, size_t nbytes, const PayloadLayout& lay
   return {};
 }
 
-Failure check_coded_chunk(const Chunk& chunk, int64_t weights, int64_t index) {
+Failure check_zstd_chunk(const Chunk& chunk, int64_t weights, int64_t index) {
   if (chunk.filter.low_bits > kMaxLowBits || chunk.filter.low_bits % 2 != 0) {
     return failure(Status::kBadHeader, "low bits", kMaxLowBits, chunk.filter.low_bits, index);
   }
@@ -116,15 +120,35 @@ Failure check_coded_chunk(const Chunk& chunk, int64_t weights, int64_t index) {
   return {};
 }
 
+Failure check_packed_chunk(const Chunk& chunk, const Tile& tile, int64_t index) {
+  if (chunk.width < kMinWidth || chunk.width > kMaxWidth) {
+    return failure(Status::kBadHeader, "width", kMaxWidth, chunk.width, index);
+  }
+  const int64_t codes = kTableNbytes + chunk.codes_nbytes(tile);
+  const int64_t tail = chunk.nbytes - codes - exception_counts_nbytes(tile);
+  const bool valid = chunk.nbytes == codes || (tail > 0 && tail % kPackedExceptionNbytes == 0 &&
+                                               tail <= kPackedExceptionNbytes * tile.weights());
+  if (!valid || chunk.frame_nbytes != 0 || chunk.filter.pairs) {
+    return failure(Status::kBadHeader, "packed chunk bytes", codes, chunk.nbytes, index);
+  }
+  return {};
+}
+
+Failure check_raw_chunk(const Chunk& chunk, int64_t weights, int64_t index) {
+  if (chunk.nbytes == weights && chunk.frame_nbytes == 0 && chunk.filter.identity()) return {};
+  return failure(Status::kBadHeader, "raw chunk bytes", weights, chunk.nbytes, index);
+}
+
 Failure check_chunk(const PayloadView& view, int64_t index, uint64_t expected_offset) {
   const Chunk chunk = view.chunk(index);
-  const uint64_t weights = static_cast<uint64_t>(view.tile(index).weights());
+  const Tile tile = view.tile(index);
   if (chunk.offset != expected_offset) {
     return failure(Status::kBadHeader, "chunk offset", expected_offset, chunk.offset, index);
   }
-  if (static_cast<int>(chunk.encoding) >= kNumEncodings) {
-    return failure(Status::kBadHeader, "chunk encoding", kNumEncodings - 1,
-                   static_cast<uint64_t>(chunk.encoding), index);
+  const uint64_t encoding = static_cast<uint64_t>(chunk.encoding);
+  const uint64_t coded = static_cast<uint64_t>(view.layout().codec);  // they have the same values
+  if (encoding != 0 && encoding != coded) {
+    return failure(Status::kBadHeader, "chunk encoding", coded, encoding, index);
   }
   const uint8_t* entry = view.data() + kPayloadHeaderBytes + index * kChunkEntryBytes;
   const uint64_t reserved =
@@ -132,15 +156,11 @@ Failure check_chunk(const PayloadView& view, int64_t index, uint64_t expected_of
   if (reserved > 1) {
     return failure(Status::kBadHeader, "pairs and reserved bytes", 1, reserved, index);
   }
-  const bool raw = chunk.encoding == Encoding::kRaw;
-  if (raw && (chunk.nbytes != weights || chunk.frame_nbytes != 0 || !chunk.filter.identity())) {
-    return failure(Status::kBadHeader, "raw chunk bytes", weights, chunk.nbytes, index);
+  switch (chunk.encoding) {
+    case Encoding::kZstd: return check_zstd_chunk(chunk, tile.weights(), index);
+    case Encoding::kPacked: return check_packed_chunk(chunk, tile, index);
+    default: return check_raw_chunk(chunk, tile.weights(), index);
   }
-  if (!raw && view.layout().codec == Codec::kRaw) {
-    return failure(Status::kBadHeader, "encoding of a raw payload", 0,
-                   static_cast<uint64_t>(chunk.encoding), index);
-  }
-  return raw ? Failure{} : check_coded_chunk(chunk, static_cast<int64_t>(weights), index);
 }
 
 Failure check_table(const PayloadView& view, size_t nbytes) {
@@ -157,7 +177,25 @@ Failure check_table(const PayloadView& view, size_t nbytes) {
 
 }  // namespace
 
-const char* codec_name(Codec codec) { return codec == Codec::kRaw ? "raw" : "zstd"; }
+const char* codec_name(Codec codec) {
+  switch (codec) {
+    case Codec::kRaw: return "raw";
+    case Codec::kZstd: return "zstd";
+    case Codec::kPacked: return "packed";
+  }
+  return "unknown";
+}
+
+const char* encoding_name(Encoding encoding) { return codec_name(static_cast<Codec>(encoding)); }
+
+int64_t Chunk::num_exceptions(const Tile& tile) const {
+  if (encoding == Encoding::kZstd) {
+    return (int64_t{nbytes} - frame_nbytes - filter.planes_nbytes(tile.weights())) / 4;
+  }
+  const int64_t tail = int64_t{nbytes} - kTableNbytes - codes_nbytes(tile);
+  if (encoding == Encoding::kRaw || tail == 0) return 0;
+  return (tail - exception_counts_nbytes(tile)) / kPackedExceptionNbytes;
+}
 
 Tile PayloadLayout::tile(int64_t chunk_index) const {
   const int64_t panel = chunk_index / num_slabs(), slab = chunk_index % num_slabs();
@@ -187,7 +225,7 @@ Chunk PayloadView::chunk(int64_t index) const {
   chunk.nbytes = load_le<uint32_t>(entry + kStoredAt);
   chunk.frame_nbytes = load_le<uint32_t>(entry + kFrameAt);
   chunk.encoding = static_cast<Encoding>(entry[kEncodingAt]);
-  chunk.filter.low_bits = entry[kLowBitsAt];
+  (chunk.encoding == Encoding::kPacked ? chunk.width : chunk.filter.low_bits) = entry[kBitsAt];
   chunk.filter.pairs = entry[kPairsAt] != 0;
   chunk.checksum = load_le<uint64_t>(entry + kChunkChecksumAt);
   return chunk;
@@ -219,7 +257,8 @@ void write_payload_head(const PayloadLayout& layout, const Chunk* chunks, uint64
     store_le<uint32_t>(entry + kStoredAt, chunks[i].nbytes);
     store_le<uint32_t>(entry + kFrameAt, chunks[i].frame_nbytes);
     entry[kEncodingAt] = static_cast<uint8_t>(chunks[i].encoding);
-    entry[kLowBitsAt] = static_cast<uint8_t>(chunks[i].filter.low_bits);
+    const bool packed = chunks[i].encoding == Encoding::kPacked;
+    entry[kBitsAt] = static_cast<uint8_t>(packed ? chunks[i].width : chunks[i].filter.low_bits);
     entry[kPairsAt] = chunks[i].filter.pairs ? 1 : 0;
     store_le<uint64_t>(entry + kChunkChecksumAt, chunks[i].checksum);
   }

@@ -18,16 +18,18 @@ constexpr int64_t kMaxTileWeights = int64_t{1} << 24;  ///< an exception's posit
 constexpr int64_t kMaxDimension = int64_t{1} << 31;    ///< rows and columns, each
 
 /** How a `qweight` is stored, as users name it. */
-enum class Codec : uint8_t { kRaw = 0, kZstd = 1 };
-constexpr int kNumCodecs = 2;
+enum class Codec : uint8_t { kRaw = 0, kZstd = 1, kPacked = 2 };
+constexpr int kNumCodecs = 3;
 const char* codec_name(Codec codec);
 
-/** How one chunk is stored. A `zstd` payload may hold both: a tile that does not shrink stays raw. */
+/** How one chunk is stored: raw, which a tile that does not shrink stays in any payload, or as its codec stores it. */
 enum class Encoding : uint8_t {
-  kRaw = 0,   ///< the tile's weights, row-major
-  kZstd = 1,  ///< one zstd frame of the filtered weights, then bit planes, then exceptions
+  kRaw = 0,     ///< the tile's weights, row-major
+  kZstd = 1,    ///< one zstd frame of the filtered weights, then bit planes, then exceptions
+  kPacked = 2,  ///< a table of weights, a code of fixed width for each weight, then exceptions
 };
-constexpr int kNumEncodings = 2;
+constexpr int kNumEncodings = 3;
+const char* encoding_name(Encoding encoding);
 
 /** The transform of a tile before it is coded (codec/filter.h). */
 struct Filter {
@@ -40,11 +42,25 @@ struct Filter {
 };
 constexpr int kMaxLowBits = 4;
 
+// Packed chunks: codes lie in pieces of 64 bytes, `width` of them for each group of 32 columns of a block of 16 rows.
+constexpr int kMinWidth = 2, kMaxWidth = 6;
+constexpr int64_t kBlockRows = 16, kGroupCols = 32, kPieceNbytes = 64, kTableNbytes = 64;
+constexpr int64_t kPackedExceptionNbytes = 3;  ///< column and weight
+constexpr int64_t kMaxPackedCols =
+    (int64_t{1} << 16) - kGroupCols;  ///< of a tile: exceptions are counted in 16 bits
+
 /** The part of the matrix that one chunk holds. Chunks are numbered panel by panel, slab by slab. */
 struct Tile {
   int64_t row = 0, col = 0, rows = 0, cols = 0;
   int64_t weights() const { return rows * cols; }
+  constexpr int64_t num_blocks() const { return ceil_div(rows, kBlockRows); }
+  constexpr int64_t num_groups() const { return ceil_div(cols, kGroupCols); }
 };
+
+/** Bytes of the numbers of exceptions of a packed tile's rows, which stand before its exceptions if it has any. */
+constexpr int64_t exception_counts_nbytes(const Tile& tile) {
+  return tile.num_blocks() * kBlockRows * 2;
+}
 
 /** What the header says of the matrix and its grid of tiles. */
 struct PayloadLayout {
@@ -70,18 +86,18 @@ struct PayloadLayout {
 struct Chunk {
   uint64_t offset = 0;        ///< from the payload's first byte, a multiple of kChunkAlignment
   uint32_t nbytes = 0;        ///< stored bytes: frame, planes and exceptions, or the raw tile
-  uint32_t frame_nbytes = 0;  ///< bytes of the zstd frame; 0 for Encoding::kRaw
+  uint32_t frame_nbytes = 0;  ///< bytes of the zstd frame; 0 but for Encoding::kZstd
   Encoding encoding = Encoding::kRaw;
-  Filter filter;
+  Filter filter;          ///< of Encoding::kZstd
+  int width = 0;          ///< bits of a code; 0 but for Encoding::kPacked
   uint64_t checksum = 0;  ///< XXH3-64 of the extent: stored bytes and the zeros behind them
 
-  /** Exceptions behind frame and planes, for a tile of `weights` weights; negative or fractional sizes never pass
-   *  PayloadView::parse. */
-  int64_t num_exceptions(int64_t weights) const {
-    return encoding == Encoding::kRaw
-               ? 0
-               : (int64_t{nbytes} - frame_nbytes - filter.planes_nbytes(weights)) / 4;
+  /** Bytes of the codes of a packed tile. */
+  int64_t codes_nbytes(const Tile& tile) const {
+    return tile.num_blocks() * tile.num_groups() * width * kPieceNbytes;
   }
+  /** Exceptions of a tile; negative or fractional sizes never pass PayloadView::parse. */
+  int64_t num_exceptions(const Tile& tile) const;
   uint64_t extent_end() const { return align_up(offset + nbytes, kChunkAlignment); }
 };
 

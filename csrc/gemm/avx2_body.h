@@ -59,3 +59,29 @@ struct Lanes {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
 };
+
+// What packed products share: eight rows a vector, four tokens' sums beside what looking up takes of 16 registers.
+template <uint32_t kAdded>
+struct PackedAvx2 {
+  using Acc = __m256i;
+  using Weights = __m256i;
+  static constexpr int64_t kRows = 8;
+  static constexpr uint32_t kOffset = kAdded;
+  static constexpr int kMostTokens = 4;
+
+  template <int kWidth>
+  struct Lookup : LookupAvx2<kWidth> {
+    explicit Lookup(const int8_t* table) : LookupAvx2<kWidth>(table, kAdded) {}
+  };
+
+  static Acc zero() { return _mm256_setzero_si256(); }
+  static Acc add(Acc a, Acc b) { return _mm256_add_epi32(a, b); }
+  static void store(int32_t* p, Acc acc) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), acc);
+  }
+  static __m256i broadcast(const int8_t* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, sizeof(quad));
+    return _mm256_set1_epi32(quad);
+  }
+};

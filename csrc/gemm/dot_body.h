@@ -30,12 +30,13 @@ int64_t dot_packed_nbytes(int64_t tokens, int64_t cols) {
   return (nbytes + 63) / 64 * 64;
 }
 
-void dot_pack(const int8_t* q, int64_t, int64_t cols, int64_t begin, int64_t end, uint8_t* packed) {
+void dot_pack(const int8_t* q, int64_t ld, int64_t, int64_t cols, int64_t begin, int64_t end,
+              uint8_t* packed) {
   const int64_t stride = dot_stride(cols);
   auto* out = reinterpret_cast<Dot::Packed*>(packed);
   for (int64_t m = begin; m < end; ++m) {
     for (int64_t k = 0; k < cols; ++k) {
-      out[m * stride + k] = static_cast<Dot::Packed>(q[m * cols + k] + Dot::kOffset);
+      out[m * stride + k] = static_cast<Dot::Packed>(q[m * ld + k] + Dot::kOffset);
     }
     for (int64_t k = cols; k < stride; ++k) out[m * stride + k] = 0;
   }

@@ -4,6 +4,7 @@
 
 #include "base/cpu_features.h"
 #include "base/element_type.h"
+#include "codec/packed.h"
 
 namespace dcext {
 
@@ -28,6 +29,13 @@ struct PanelOutput {
   ElementType type;
 };
 
+/** Quantized tokens for multiply_packed. */
+struct PackedInput {
+  const int8_t* x;      ///< (tokens, ld), zeros behind the columns up to packed_cols(cols)
+  int64_t ld;           ///< at least packed_cols(cols)
+  const int32_t* sums;  ///< (tokens,): the sum of each token
+};
+
 /** The kernels of one instruction set. All of them accept any size >= 1, allocate nothing and never fail. */
 struct GemmKernels {
   Isa isa;
@@ -44,14 +52,20 @@ struct GemmKernels {
 
   /** Lays out the quantized tokens [begin, end) as `multiply` reads them. `begin` is a multiple of kPackTokens; calls
    *  for different ranges may run at the same time.
-   *  @param q   (tokens, cols); @param packed `packed_nbytes(tokens, cols)` bytes, 64-byte aligned. */
-  void (*pack)(const int8_t* q, int64_t tokens, int64_t cols, int64_t begin, int64_t end,
-               uint8_t* packed);
+   *  @param q   (tokens, ld), ld >= cols; @param packed `packed_nbytes(tokens, cols)` bytes, 64-byte aligned. */
+  void (*pack)(const int8_t* q, int64_t ld, int64_t tokens, int64_t cols, int64_t begin,
+               int64_t end, uint8_t* packed);
 
   /** acc[m * rows + n] = sum over k of weight[n, k] * q[m, k], in int32. Exact for K <= 2^17: no sum
    *  passes 2^31.
    *  @param acc   (tokens, panel.rows). */
   void (*multiply)(const WeightPanel& panel, const uint8_t* packed, int64_t tokens, int32_t* acc);
+
+  /** The same sums straight from the codes of a packed panel, for few tokens. Reads kMaxPackedCols activations of each
+   *  token at most, whatever the columns of its exceptions are.
+   *  @param tile   of all columns of the matrix, counts_add_up(tile). */
+  void (*multiply_packed)(const PackedTile& tile, const PackedInput& input, int64_t tokens,
+                          int32_t* acc);
 
   /** y[m, n] = (float(acc[m, n]) * row_scale[n]) * act_scale[m] + bias[n], rounded to the output's dtype. */
   void (*dequantize)(const int32_t* acc, int64_t tokens, int64_t rows, const float* act_scale,
@@ -73,6 +87,11 @@ struct GemmKernels {
 };
 
 constexpr int64_t kPackTokens = 16;
+constexpr int64_t kFewTokens =
+    16;  ///< up to here multiply_packed is faster than unpacking and multiply
+constexpr int64_t packed_cols(int64_t cols) {
+  return (cols + kGroupCols - 1) / kGroupCols * kGroupCols;
+}
 constexpr int64_t kWeightOnlyRows = 4;  ///< rows that multiply_weight_only converts at a time
 
 constexpr int64_t weight_only_cols(int64_t cols) { return (cols + 15) / 16 * 16; }

@@ -14,7 +14,7 @@
 #include <utility>
 
 #define DCEXT_TARGET "avx2,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8"
-#include "gemm/target_pragmas.h"
+#include "base/target_pragmas.h"
 
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC bug 105593, in its own intrinsics
@@ -26,7 +26,7 @@ DCEXT_TARGET_BEGIN
 namespace dcext {
 namespace {
 
-#include "gemm/unroll_body.h"
+#include "base/unroll_body.h"
 
 constexpr int64_t kTile = 16;      // rows of weights, and tokens
 constexpr int64_t kTileCols = 64;  // columns: one product
@@ -197,7 +197,7 @@ int64_t amx_packed_nbytes(int64_t tokens, int64_t cols) {
   return tiles(tokens, kTile) * tiles(cols, kTileCols) * kTileBytes;
 }
 
-void amx_pack(const int8_t* q, int64_t tokens, int64_t cols, int64_t begin, int64_t end,
+void amx_pack(const int8_t* q, int64_t ld, int64_t tokens, int64_t cols, int64_t begin, int64_t end,
               uint8_t* packed) {
   const int64_t column_tiles = tiles(cols, kTileCols);
   for (int64_t block = begin / kTile; block < tiles(end, kTile); ++block) {
@@ -206,10 +206,10 @@ void amx_pack(const int8_t* q, int64_t tokens, int64_t cols, int64_t begin, int6
     for (int64_t c = 0; c < column_tiles; ++c) {
       const int64_t left = smaller(kTileCols, cols - c * kTileCols);
       const __mmask64 mask = (~0ull) >> (64 - left);
-      const int8_t* src = q + block * kTile * cols + c * kTileCols;
+      const int8_t* src = q + block * kTile * ld + c * kTileCols;
       __m512i rows[16];
       unroll<16>([&](auto m) DCEXT_LAMBDA {
-        rows[m] = _mm512_maskz_loadu_epi8(m < count ? mask : 0, m < count ? src + m * cols : src);
+        rows[m] = _mm512_maskz_loadu_epi8(m < count ? mask : 0, m < count ? src + m * ld : src);
       });
       transpose(rows);
       unroll<16>([&](auto j) DCEXT_LAMBDA {

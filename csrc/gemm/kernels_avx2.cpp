@@ -11,15 +11,16 @@
 #include <utility>
 
 #define DCEXT_TARGET "avx2,fma,bmi2"
-#include "gemm/target_pragmas.h"
+#include "base/target_pragmas.h"
 
 DCEXT_TARGET_BEGIN
 
 namespace dcext {
 namespace {
 
+#include "base/unroll_body.h"
+#include "codec/lookup_avx2_body.h"
 #include "gemm/avx2_body.h"
-#include "gemm/unroll_body.h"
 
 struct Dot : Avx2Sums {
   using Weights = __m256i;  // 16 int16
@@ -44,8 +45,18 @@ struct Dot : Avx2Sums {
   }
 };
 
+struct PackedDot : PackedAvx2<0> {
+  // |w| is at most 128 and |x| at most 127: sums of two products fit in int16, and nothing saturates.
+  static Acc dot(Acc acc, Weights w, const int8_t* x) {
+    const __m256i products =
+        _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(broadcast(x), w));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+  }
+};
+
 #include "gemm/dot_body.h"
 #include "gemm/elementwise_body.h"
+#include "gemm/packed_body.h"
 #include "gemm/weight_only_body.h"
 
 }  // namespace
@@ -54,7 +65,7 @@ struct Dot : Avx2Sums {
 DCEXT_TARGET_END
 
 const dcext::GemmKernels dcext::kAvx2Kernels = {
-    Isa::kAvx2,           quantize, dot_packed_nbytes, dot_pack, dot_multiply, dequantize,
-    multiply_weight_only, widen,    dequantize_row};
+    Isa::kAvx2,      quantize,   dot_packed_nbytes,    dot_pack, dot_multiply,
+    multiply_packed, dequantize, multiply_weight_only, widen,    dequantize_row};
 
 #endif  // __x86_64__

@@ -12,7 +12,7 @@
 #include <utility>
 
 #define DCEXT_TARGET "avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
-#include "gemm/target_pragmas.h"
+#include "base/target_pragmas.h"
 
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC bug 105593, in its own intrinsics
@@ -24,7 +24,7 @@ DCEXT_TARGET_BEGIN
 namespace dcext {
 namespace {
 
-#include "gemm/unroll_body.h"
+#include "base/unroll_body.h"
 
 struct Dot {
   using Weights = __m512i;
@@ -107,8 +107,87 @@ struct Lanes {
   static Vector widen(__m128i w) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(w)); }
 };
 
+struct PackedDot {
+  using Acc = __m512i;
+  using Weights = __m512i;
+  static constexpr int64_t kRows = 16;
+  static constexpr uint32_t kOffset = 128;
+  static constexpr int kMostTokens = 8;
+
+  template <int kWidth>
+  struct Lookup {
+    static constexpr int kTables = kWidth <= 4 ? 1 : 1 << (kWidth - 4);
+    __m512i tables[kTables];
+
+    explicit Lookup(const int8_t* table) {
+      unroll<kTables>([&](auto i) DCEXT_LAMBDA {
+        const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * i));
+        const __m128i shifted = _mm_xor_si128(part, _mm_set1_epi8(static_cast<char>(kOffset)));
+        tables[i] = _mm512_broadcast_i32x4(shifted);
+      });
+    }
+
+    template <int kVector>
+    DCEXT_ALWAYS_INLINE __m512i weights(const uint8_t* group) const {
+      if constexpr (kWidth < 4) {
+        return _mm512_shuffle_epi8(tables[0], short_code<kVector>(group));
+      } else {
+        const __m512i low = bits<kVector / 4 * 4, 0, 15>(load(group, kVector % 4));
+        const __m512i first = _mm512_shuffle_epi8(tables[0], low);
+        if constexpr (kWidth == 4) {
+          return first;
+        } else if constexpr (kWidth == 5) {
+          const __mmask64 bit = test<kVector>(load(group, 4));
+          return _mm512_mask_shuffle_epi8(first, bit, tables[1], low);
+        } else {
+          const __m512i high = load(group, 4 + kVector % 2);
+          const __mmask64 bit4 = test<kVector / 2 * 2>(high),
+                          bit5 = test<kVector / 2 * 2 + 1>(high);
+          const __m512i even = _mm512_mask_shuffle_epi8(first, bit5, tables[2], low);
+          const __m512i odd =
+              _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(tables[1], low), bit5, tables[3], low);
+          return _mm512_mask_mov_epi8(even, bit4, odd);
+        }
+      }
+    }
+
+   private:
+    static __m512i load(const uint8_t* group, int piece) {
+      return _mm512_loadu_si512(group + 64 * piece);
+    }
+    // Moves bit kFrom of every byte to bit kTo, keeping those of kMask.
+    template <int kFrom, int kTo, int kMask>
+    static __m512i bits(__m512i v) {
+      if constexpr (kFrom > kTo) v = _mm512_srli_epi16(v, kFrom - kTo);
+      if constexpr (kFrom < kTo) v = _mm512_slli_epi16(v, kTo - kFrom);
+      return _mm512_and_si512(v, _mm512_set1_epi8(kMask));
+    }
+    template <int kBit>
+    static __mmask64 test(__m512i v) {
+      return _mm512_test_epi8_mask(v, _mm512_set1_epi8(static_cast<char>(1 << kBit)));
+    }
+    template <int kVector>
+    static __m512i short_code(const uint8_t* group) {
+      const __m512i two = bits<kVector / 2 * 2, 0, 3>(load(group, kVector % 2));
+      if constexpr (kWidth == 2) return two;
+      return _mm512_or_si512(two, bits<kVector, 2, 4>(load(group, 2)));
+    }
+  };
+
+  static Acc zero() { return _mm512_setzero_si512(); }
+  static Acc add(Acc a, Acc b) { return _mm512_add_epi32(a, b); }
+  static void store(int32_t* p, Acc acc) { _mm512_storeu_si512(p, acc); }
+  static Acc dot(Acc acc, Weights w, const int8_t* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, sizeof(quad));
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32(quad)));
+    return acc;
+  }
+};
+
 #include "gemm/dot_body.h"
 #include "gemm/elementwise_body.h"
+#include "gemm/packed_body.h"
 #include "gemm/weight_only_body.h"
 
 }  // namespace
@@ -117,12 +196,11 @@ struct Lanes {
 DCEXT_TARGET_END
 
 const dcext::GemmKernels dcext::kAvx512Kernels = {
-    Isa::kAvx512Vnni,     quantize, dot_packed_nbytes, dot_pack, dot_multiply, dequantize,
-    multiply_weight_only, widen,    dequantize_row};
+    Isa::kAvx512Vnni, quantize,   dot_packed_nbytes,    dot_pack, dot_multiply,
+    multiply_packed,  dequantize, multiply_weight_only, widen,    dequantize_row};
 
 const dcext::GemmKernels dcext::kAmxKernels = {
-    Isa::kAmx,     quantize,   amx_packed_nbytes,    amx_pack,
-    amx_multiply,  dequantize, multiply_weight_only, widen,
-    dequantize_row};
+    Isa::kAmx,       quantize,   amx_packed_nbytes,    amx_pack, amx_multiply,
+    multiply_packed, dequantize, multiply_weight_only, widen,    dequantize_row};
 
 #endif  // __x86_64__

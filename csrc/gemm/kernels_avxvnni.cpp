@@ -10,15 +10,16 @@
 #include <utility>
 
 #define DCEXT_TARGET "avx2,fma,bmi2,avxvnni"
-#include "gemm/target_pragmas.h"
+#include "base/target_pragmas.h"
 
 DCEXT_TARGET_BEGIN
 
 namespace dcext {
 namespace {
 
+#include "base/unroll_body.h"
+#include "codec/lookup_avx2_body.h"
 #include "gemm/avx2_body.h"
-#include "gemm/unroll_body.h"
 
 struct Dot : Avx2Sums {
   using Weights = __m256i;
@@ -45,8 +46,16 @@ struct Dot : Avx2Sums {
   }
 };
 
+struct PackedDot : PackedAvx2<128> {
+  static Acc dot(Acc acc, Weights w, const int8_t* x) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(broadcast(x)));
+    return acc;
+  }
+};
+
 #include "gemm/dot_body.h"
 #include "gemm/elementwise_body.h"
+#include "gemm/packed_body.h"
 #include "gemm/weight_only_body.h"
 
 }  // namespace
@@ -55,7 +64,7 @@ struct Dot : Avx2Sums {
 DCEXT_TARGET_END
 
 const dcext::GemmKernels dcext::kAvxVnniKernels = {
-    Isa::kAvxVnni,        quantize, dot_packed_nbytes, dot_pack, dot_multiply, dequantize,
-    multiply_weight_only, widen,    dequantize_row};
+    Isa::kAvxVnni,   quantize,   dot_packed_nbytes,    dot_pack, dot_multiply,
+    multiply_packed, dequantize, multiply_weight_only, widen,    dequantize_row};
 
 #endif  // __x86_64__

@@ -3,13 +3,13 @@
 #include <cstring>
 #include <utility>
 
+#include "base/target_pragmas.h"
 #include "gemm/kernel_table.h"
-#include "gemm/target_pragmas.h"
 
 namespace dcext {
 namespace {
 
-#include "gemm/unroll_body.h"
+#include "base/unroll_body.h"
 
 struct Lanes {
   static constexpr int kTokens = 1;
@@ -47,8 +47,11 @@ struct Lanes {
 
 int64_t packed_nbytes(int64_t tokens, int64_t cols) { return (tokens * cols + 63) / 64 * 64; }
 
-void pack(const int8_t* q, int64_t, int64_t cols, int64_t begin, int64_t end, uint8_t* packed) {
-  std::memcpy(packed + begin * cols, q + begin * cols, static_cast<size_t>((end - begin) * cols));
+void pack(const int8_t* q, int64_t ld, int64_t, int64_t cols, int64_t begin, int64_t end,
+          uint8_t* packed) {
+  for (int64_t m = begin; m < end; ++m) {
+    std::memcpy(packed + m * cols, q + m * ld, static_cast<size_t>(cols));
+  }
 }
 
 void multiply(const WeightPanel& panel, const uint8_t* packed, int64_t tokens, int32_t* acc) {
@@ -65,9 +68,48 @@ void multiply(const WeightPanel& panel, const uint8_t* packed, int64_t tokens, i
   }
 }
 
+struct PackedDot {
+  static constexpr int64_t kRows = 16;
+  static constexpr uint32_t kOffset = 0;
+  static constexpr int kMostTokens = 4;
+  struct Acc {
+    int32_t lanes[kRows];
+  };
+  struct Weights {
+    int8_t quads[kRows][4];
+  };
+
+  template <int kWidth>
+  struct Lookup {
+    const int8_t* table;
+
+    template <int kVector>
+    Weights weights(const uint8_t* group) const {
+      Weights w;
+      unpack_vector(group, kWidth, table, kVector, w.quads[0]);
+      return w;
+    }
+  };
+
+  static Acc zero() { return {}; }
+  static Acc add(Acc a, const Acc& b) {
+    for (int r = 0; r < kRows; ++r) a.lanes[r] += b.lanes[r];
+    return a;
+  }
+  static Acc dot(Acc acc, const Weights& w, const int8_t* x) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < 4; ++c) acc.lanes[r] += int32_t{w.quads[r][c]} * int32_t{x[c]};
+    }
+    return acc;
+  }
+  static void store(int32_t* p, const Acc& acc) { std::memcpy(p, acc.lanes, sizeof(acc.lanes)); }
+};
+
+#include "gemm/packed_body.h"
+
 }  // namespace
 }  // namespace dcext
 
 const dcext::GemmKernels dcext::kScalarKernels = {
-    Isa::kScalar,         quantize, packed_nbytes, pack, multiply, dequantize,
-    multiply_weight_only, widen,    dequantize_row};
+    Isa::kScalar,    quantize,   packed_nbytes,        pack,  multiply,
+    multiply_packed, dequantize, multiply_weight_only, widen, dequantize_row};

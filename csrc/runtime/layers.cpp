@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/scratch.h"
+#include "codec/packed.h"
 #include "codec/payload_decoder.h"
 #include "codec/zstd_frame.h"
 
@@ -74,37 +75,106 @@ const uint8_t* token_at(const LinearCall& call, int64_t m) {
          m * call.weight->layout().cols * element_nbytes(call.type);
 }
 
-Failure run_int8(const LinearCall& call, Executor& executor) {
-  thread_local Scratch q_scratch, packed_scratch, scale_scratch;
+// What the panels of a payload need of the activations.
+struct PanelKinds {
+  bool direct = false;  // some are multiplied as they are packed
+  bool dense = false;   // some are multiplied from int8
+};
+
+bool is_direct(const LinearCall& call, int64_t panel) {
+  return call.tokens <= kFewTokens && call.weight->layout().num_slabs() == 1 &&
+         call.weight->chunk(panel).encoding == Encoding::kPacked;
+}
+
+PanelKinds panel_kinds(const LinearCall& call) {
   const PayloadLayout& layout = call.weight->layout();
-  const GemmKernels& kernels = gemm_kernels(call.isa, call.tokens);
-  const int64_t packed_nbytes = kernels.packed_nbytes(call.tokens, layout.cols);
-  auto* q = reinterpret_cast<int8_t*>(q_scratch.reserve(call.tokens * layout.cols));
+  if (layout.codec != Codec::kPacked || call.tokens > kFewTokens) return {false, true};
+  PanelKinds kinds;
+  for (int64_t i = 0; i < layout.num_panels(); ++i) {
+    (is_direct(call, i) ? kinds.direct : kinds.dense) = true;
+  }
+  return kinds;
+}
+
+// The activations of one call, quantized, in this thread's scratch.
+struct QuantizedTokens {
+  PackedInput input;
+  const uint8_t* packed;  // null if no panel is dense
+  const float* scale;
+};
+
+int32_t sum_of(const int8_t* q, int64_t n) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < n; ++k) sum += q[k];
+  return sum;
+}
+
+Failure quantize_tokens(const LinearCall& call, const GemmKernels& kernels, const PanelKinds& kinds,
+                        Executor& executor, QuantizedTokens* out) {
+  thread_local Scratch q_scratch, packed_scratch, scale_scratch, sum_scratch;
+  const int64_t cols = call.weight->layout().cols;
+  // Distances that are multiples of a power of two would put all tokens in one set of the L1 cache.
+  const int64_t ld = packed_cols(cols) + (kinds.direct && call.tokens > 1 ? 64 : 0);
+  // Behind the last token: an exception's column, whatever the payload says, stays inside.
+  const int64_t q_nbytes = call.tokens * ld + (kinds.direct ? kMaxPackedCols + kGroupCols : 0);
+  const int64_t packed_nbytes = kinds.dense ? kernels.packed_nbytes(call.tokens, cols) : 64;
+  auto* q = reinterpret_cast<int8_t*>(q_scratch.reserve(q_nbytes));
   uint8_t* packed = packed_scratch.reserve(packed_nbytes);
-  auto* act_scale = reinterpret_cast<float*>(scale_scratch.reserve(call.tokens * sizeof(float)));
-  if (q == nullptr || packed == nullptr || act_scale == nullptr)
-    return out_of_memory(packed_nbytes);
+  auto* scale = reinterpret_cast<float*>(scale_scratch.reserve(call.tokens * sizeof(float)));
+  auto* sums = reinterpret_cast<int32_t*>(sum_scratch.reserve(call.tokens * sizeof(int32_t)));
+  if (q == nullptr || packed == nullptr || scale == nullptr || sums == nullptr)
+    return out_of_memory(q_nbytes + packed_nbytes);
 
   executor.run(ceil_div(call.tokens, kPackTokens), [&](int64_t block, int) {
     const int64_t begin = block * kPackTokens, end = std::min(call.tokens, begin + kPackTokens);
     for (int64_t m = begin; m < end; ++m) {
-      kernels.quantize(token_at(call, m), call.type, call.col_scale, layout.cols,
-                       q + m * layout.cols, act_scale + m);
+      int8_t* token = q + m * ld;
+      kernels.quantize(token_at(call, m), call.type, call.col_scale, cols, token, scale + m);
+      std::fill(token + cols, token + ld, int8_t{0});
+      if (kinds.direct) sums[m] = sum_of(token, cols);
     }
-    kernels.pack(q, call.tokens, layout.cols, begin, end, packed);
+    if (kinds.dense) kernels.pack(q, ld, call.tokens, cols, begin, end, packed);
   });
+  *out = {{q, ld, sums}, kinds.dense ? packed : nullptr, scale};
+  return {};
+}
+
+// Sums of one panel with all tokens: acc[m * rows + n].
+Failure multiply_panel(const LinearCall& call, const GemmKernels& kernels, int64_t index,
+                       const QuantizedTokens& tokens, int64_t* rows, int32_t** acc) {
+  thread_local Scratch acc_scratch;
+  const int64_t chunk = index * call.weight->layout().num_slabs();
+  *rows = call.weight->tile(chunk).rows;
+  const int64_t acc_nbytes = call.tokens * *rows * static_cast<int64_t>(sizeof(int32_t));
+  *acc = reinterpret_cast<int32_t*>(acc_scratch.reserve(acc_nbytes));
+  if (*acc == nullptr) return out_of_memory(acc_nbytes);
+  if (is_direct(call, index)) {
+    const PackedTile tile = packed_tile(*call.weight, index);
+    if (!counts_add_up(tile)) return Failure{Status::kCorrupt, "exceptions", index, 0, 0};
+    kernels.multiply_packed(tile, tokens.input, call.tokens, *acc);
+    return {};
+  }
+  WeightPanel panel;
+  if (const Failure bad = load_panel(*call.weight, index, &panel); !bad.ok()) return bad;
+  kernels.multiply(panel, tokens.packed, call.tokens, *acc);
+  return {};
+}
+
+Failure run_int8(const LinearCall& call, Executor& executor) {
+  const PayloadLayout& layout = call.weight->layout();
+  const GemmKernels& kernels = gemm_kernels(call.isa, call.tokens);
+  QuantizedTokens tokens;
+  if (const Failure bad = quantize_tokens(call, kernels, panel_kinds(call), executor, &tokens);
+      !bad.ok()) {
+    return bad;
+  }
   FailureSlot failure;
   executor.run(layout.num_panels(), [&](int64_t index, int) {
-    thread_local Scratch acc_scratch;
-    WeightPanel panel;
-    if (const Failure bad = load_panel(*call.weight, index, &panel); !bad.ok()) {
-      return failure.record(bad);
-    }
-    const int64_t acc_nbytes = call.tokens * panel.rows * static_cast<int64_t>(sizeof(int32_t));
-    auto* acc = reinterpret_cast<int32_t*>(acc_scratch.reserve(acc_nbytes));
-    if (acc == nullptr) return failure.record(out_of_memory(acc_nbytes));
-    kernels.multiply(panel, packed, call.tokens, acc);
-    kernels.dequantize(acc, call.tokens, panel.rows, act_scale,
+    int64_t rows;
+    int32_t* acc;
+    const Failure bad = multiply_panel(call, kernels, index, tokens, &rows, &acc);
+    if (!bad.ok()) return failure.record(bad);
+    kernels.dequantize(acc, call.tokens, rows, tokens.scale,
                        panel_output(call, index * layout.panel_rows));
   });
   return failure.get();
