@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dcext.calibrate.sensitivity import Sensitivity
-from dcext.codec import encode, entropy
+from dcext.codec import encode, entropy, payload_info
 from dcext.config import CompressionConfig
 from dcext.nn.compressed import storage_form, to_weight_memory
 from dcext.quantize.control import RateController
@@ -68,7 +68,18 @@ def code_layer(
         outlier_columns=outliers,
         fallback=quantized.fallback,
     )
+    if config.codec == "packed":
+        report.packed_width, report.packed_exceptions = packed_figures(payload)
     return CodedLayer(payload, quantized, report)
+
+
+def packed_figures(payload: Tensor) -> tuple[float, float]:
+    """Bits of a code (8 in raw chunks), mean over the weights, and the share of weights that are exceptions."""
+    chunks = payload_info(payload)["chunks"]
+    weights = [rows * cols for rows, cols in (chunk["shape"] for chunk in chunks)]
+    bits = [(chunk["width"] or 8) * n for chunk, n in zip(chunks, weights, strict=True)]
+    exceptions = sum(chunk["exceptions"] for chunk in chunks)
+    return sum(bits) / sum(weights), exceptions / sum(weights)
 
 
 def pruned_share(weight: Tensor, quantized: QuantizedWeight) -> float:
@@ -106,7 +117,9 @@ class RateRecipe:
                 scale_bits = 16 * (rows + (cols if name == group[0] else 0))
                 forecasts[name] = self._cost.forecast(sample, self._rows[name], scale_bits)
         self._moments = sensitivity.output
-        self._controller = RateController(forecasts, config.bits)
+        self._controller = RateController(
+            forecasts, config.bits, self._cost.limits, self._cost.first_excess_bits
+        )
 
     def statistics(self, in_features: int) -> InputStatistics:
         """What is to be learnt of a layer's inputs."""

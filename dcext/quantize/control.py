@@ -16,7 +16,7 @@ FIRST_EXCESS_BITS = 0.04  # of stored size over the predicted entropy, before th
 GRID_LOG2 = tuple(
     k / 4 for k in range(-28, 17)
 )  # scales over a layer's rms at which its entropy is measured
-LEAST_BITS, MOST_BITS = 0.3, 7.5  # targets beyond these are refused
+LEAST_BITS, MOST_BITS = 0.3, 7.5  # entropy-coded: targets beyond these are refused
 
 
 @dataclass
@@ -76,16 +76,30 @@ class RateController:
     out while they are small, and all layers keep very nearly the same slope.
     """
 
-    def __init__(self, forecasts: Mapping[str, Forecast], target_bits: float) -> None:
-        """Takes forecasts by layer, and the stored bits per weight that all of them shall have together.
+    def __init__(
+        self,
+        forecasts: Mapping[str, Forecast],
+        target_bits: float,
+        limits: tuple[float, float] = (LEAST_BITS, MOST_BITS),
+        first_excess_bits: float = FIRST_EXCESS_BITS,
+    ) -> None:
+        """Starts with no layer done.
+
+        Args:
+            forecasts: by layer.
+            target_bits: stored bits per weight that all of them shall have together.
+            limits: least and most that the codec can reach.
+            first_excess_bits: of stored size over forecasts, before the first layer has told.
 
         Raises:
-            ValueError: a target that int8 levels cannot reach.
+            ValueError: a target that the codec cannot reach.
         """
-        if not LEAST_BITS <= target_bits <= MOST_BITS:
+        least, most = limits
+        if not least <= target_bits <= most:
             raise ValueError(
-                f"target_bits: expected {LEAST_BITS} to {MOST_BITS} bits per weight, got {target_bits:.3f}"
+                f"target_bits: expected {least} to {most} bits per weight, got {target_bits:.3f}"
             )
+        self._first_excess_bits = first_excess_bits
         self._curves = {name: forecast.curve() for name, forecast in forecasts.items()}
         self._budget = target_bits * sum(curve.weights for curve in self._curves.values())
         self._weights_done = 0
@@ -99,7 +113,11 @@ class RateController:
         weights = torch.tensor([curve.weights for curve in curves], dtype=torch.float64)
         fixed = torch.tensor([curve.overhead_bits for curve in curves], dtype=torch.float64)
         points = curves[0].points
-        excess = self._excess_bits / self._weights_done if self._weights_done else FIRST_EXCESS_BITS
+        excess = (
+            self._excess_bits / self._weights_done
+            if self._weights_done
+            else self._first_excess_bits
+        )
         budget = self._budget - float(((fixed + excess) * weights).sum())
         low, high = float(starts.min()) + points[0], float(starts.max()) + points[-1]
         while high - low > 1e-4:

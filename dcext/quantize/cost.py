@@ -6,9 +6,17 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dcext.quantize.control import Forecast, LayerForecast
+from dcext.quantize.control import (
+    FIRST_EXCESS_BITS,
+    LEAST_BITS,
+    MOST_BITS,
+    Forecast,
+    LayerForecast,
+)
 from dcext.quantize.packed_rate import (
     CHUNK_BITS,
+    LEAST_PACKED_BITS,
+    MOST_PACKED_BITS,
     PackedForecast,
     PackedPlan,
     panel_rows,
@@ -23,7 +31,15 @@ ENTROPY_CHUNK_BITS = 8 * 64  # of the only chunk that most layers have: table en
 
 
 class CostModel(Protocol):
-    """One codec, as recipe ``rate`` sees it. ``scale`` is the model's one number that sets its size."""
+    """One codec, as recipe ``rate`` sees it. ``scale`` is the model's one number that sets its size.
+
+    Attributes:
+        limits: least and most stored bits per weight that may be asked for.
+        first_excess_bits: what stored sizes are expected to have above forecasts.
+    """
+
+    limits: tuple[float, float]
+    first_excess_bits: float
 
     def forecast(self, sample: WeightSample, row_scale: Tensor, scale_bits: float) -> Forecast:
         """Bits of a layer over the scale.
@@ -51,6 +67,9 @@ class CostModel(Protocol):
 class EntropyCost:
     """Payloads whose integers take their entropy: zstd."""
 
+    limits = (LEAST_BITS, MOST_BITS)
+    first_excess_bits = FIRST_EXCESS_BITS
+
     def forecast(self, sample: WeightSample, row_scale: Tensor, scale_bits: float) -> LayerForecast:
         """As ``CostModel``."""
         weights = sample.shape[0] * sample.shape[1]
@@ -72,6 +91,9 @@ class EntropyCost:
 
 class PackedCost:
     """Packed payloads: a width for each panel, and exceptions."""
+
+    limits = (LEAST_PACKED_BITS, MOST_PACKED_BITS)
+    first_excess_bits = 0.0
 
     def forecast(
         self, sample: WeightSample, row_scale: Tensor, scale_bits: float

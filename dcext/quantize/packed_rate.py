@@ -43,7 +43,8 @@ LIMITS = (
     math.inf,
 )  # root mean squares beyond which weights are exceptions
 PANEL_WEIGHTS = 1 << 17
-PANEL_ROW_MULTIPLE = 16
+BLOCK_ROWS = 16
+LEAST_PACKED_BITS, MOST_PACKED_BITS = 2.1, 6.0  # stored; targets beyond these are refused
 CHUNK_BITS = 8 * (32 + 64 + 32)  # table entry, table of values, mean padding
 EXCEPTION_BITS = 24
 EXCEPTION_ROW_BITS = 16  # of every row, in a panel that has any
@@ -60,12 +61,11 @@ CENTERS = (torch.arange(BINS, dtype=torch.float64) - BINS // 2) / 2 + 0.25
 
 
 def panel_rows(rows: int, cols: int) -> int:
-    """Rows of the panels that the encoder cuts a matrix into."""
-    panels = -(-rows // min(max(PANEL_WEIGHTS // cols, 1), rows))
-    height = -(-rows // panels)
-    if height > PANEL_ROW_MULTIPLE:
-        height = -(-height // PANEL_ROW_MULTIPLE) * PANEL_ROW_MULTIPLE
-    return min(height, rows)
+    """Rows of the panels that the encoder cuts a matrix into (``plan_layout`` in csrc/codec/payload_encoder.cpp)."""
+    most = min(max(PANEL_WEIGHTS // cols, BLOCK_ROWS), rows)
+    panels = -(-rows // most)
+    blocks = -(-rows // (panels * BLOCK_ROWS))
+    return min(blocks * BLOCK_ROWS, rows)
 
 
 @dataclass
