@@ -223,7 +223,7 @@ def fit_row_scale(
 
 def packed_nbytes(qweight: Tensor, panel_rows: int) -> int:
     """Size of a packed payload, panel by panel: PAYLOAD.md, and the encoder's charge of 8 bytes for
-    an exception. No panel may be smaller raw.
+    an exception; raw where no width takes two percent less.
     """
     total, panels = 64, qweight.split(panel_rows)
     for panel in panels:
@@ -235,7 +235,9 @@ def packed_nbytes(qweight: Tensor, panel_rows: int) -> int:
             exceptions = int(counts[2**width :].sum())
             nbytes = 64 + rows * cols * width // 8 + (2 * rows if exceptions else 0)
             sizes.append((nbytes + 8 * exceptions, nbytes + 3 * exceptions))
-        total += -(-min(sizes)[1] // 64) * 64
+        charged, stored = min(sizes)
+        stored = stored if charged < 0.98 * panel.numel() else panel.numel()
+        total += -(-stored // 64) * 64
     return total + -(-32 * len(panels) // 64) * 64
 
 

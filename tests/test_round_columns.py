@@ -140,7 +140,7 @@ def test_op_takes_the_half_below_each_threshold_for_its_own():
     case = {"weight": values, "target": values, "feedback": torch.zeros(1, 1)}
     case |= {"step": torch.ones(1), "pull": NO_PULL, "nearest": table, "panel_rows": 10**6}
     q, _ = run_op(case)
-    assert torch.equal(q.double(), reference.look_up(values, table.expand(values.shape[1], -1)))
+    assert torch.equal(q.double(), reference.look_up(values, table.expand(1, values.shape[1], -1)))
 
 
 @settings(max_examples=40, deadline=None)
