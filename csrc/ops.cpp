@@ -39,7 +39,8 @@ TORCH_LIBRARY(dcext, m) {
       "ScalarType dtype) -> Tensor");
   m.def(
       "round_columns_(Tensor weight, Tensor(a!) target, Tensor feedback, Tensor step, Tensor pull, "
-      "Tensor(b!) q, Tensor(c!) error, Tensor? row_feedback=None) -> ()");
+      "Tensor(b!) q, Tensor(c!) error, Tensor? row_feedback=None, Tensor? nearest=None, "
+      "int panel_rows=0) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(dcext, CPU, m) {

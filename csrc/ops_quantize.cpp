@@ -34,11 +34,20 @@ void set_row_feedback(const at::Tensor& row_feedback, RoundColumns& call) {
   call.row_block = size;
 }
 
+void set_nearest(const at::Tensor& nearest, int64_t panel_rows, RoundColumns& call) {
+  TORCH_CHECK_VALUE(panel_rows > 0, kOp, ": panel_rows: expected at least 1, got ", panel_rows);
+  const int64_t panels = call.rows / panel_rows + (call.rows % panel_rows != 0 ? 1 : 0);
+  check_matrix("nearest", nearest, panels, kTableSize, at::kChar);
+  call.nearest = nearest.const_data_ptr<int8_t>();
+  call.panel_rows = panel_rows;
+}
+
 }  // namespace
 
 void round_columns_op(const at::Tensor& weight, at::Tensor target, const at::Tensor& feedback,
                       const at::Tensor& step, const at::Tensor& pull, at::Tensor q,
-                      at::Tensor error, const std::optional<at::Tensor>& row_feedback) {
+                      at::Tensor error, const std::optional<at::Tensor>& row_feedback,
+                      const std::optional<at::Tensor>& nearest, int64_t panel_rows) {
   TORCH_CHECK_VALUE(weight.dim() == 2, kOp, ": weight: expected 2 dimensions, got ", weight.dim());
   const int64_t cols = weight.size(0), rows = weight.size(1);
   check_matrix("weight", weight, cols, rows, at::kFloat);
@@ -57,6 +66,7 @@ void round_columns_op(const at::Tensor& weight, at::Tensor target, const at::Ten
   call.q = q.mutable_data_ptr<int8_t>();
   call.error = error.mutable_data_ptr<float>();
   if (row_feedback.has_value()) set_row_feedback(*row_feedback, call);
+  if (nearest.has_value()) set_nearest(*nearest, panel_rows, call);
   call.isa = selected_isa();
   TorchExecutor executor;
   round_columns(call, executor);

@@ -25,7 +25,7 @@ from dcext.quantize.rounding import quantize_absmax
 
 FilterFn = Callable[[str, nn.Module], bool]
 ProgressFn = Callable[[str, float], None]
-JOB_VERSION = 2  # of what recipes compute: raised when a change makes kept blocks useless
+JOB_VERSION = 3  # of what recipes compute: raised when a change makes kept blocks useless
 REPORT_ATTRIBUTE = "dcext_report"
 OTHERS_SHARE = 0.05  # of all work: what lies outside the blocks
 

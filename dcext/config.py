@@ -12,6 +12,8 @@ RECIPES = ("rate", "paper", "data-free", "int8")
 GRANULARITIES = ("row", "tensor")
 ACTIVATIONS = ("int8", "none")
 DEFAULT_RATIO = 2.2
+# At which recipe "rate" loses as much packed as entropy-coded at DEFAULT_RATIO: see the table in README.md.
+DEFAULT_PACKED_BITS = 4.2
 CALIBRATED = ("rate", "paper")
 
 
@@ -26,14 +28,16 @@ class CompressionConfig:
             scales. Embeddings, and ``lm_head``, are INT8 per row (with ``"int8"``: of its granularity).
         target_bits: of ``"rate"`` and ``"data-free"``: stored bits per weight of the layers that they quantize, every
             byte counted.
-        target_ratio: the same as a ratio over INT8, ``8 / target_bits``. Where no target is given, 2.2.
+        target_ratio: the same as a ratio over INT8, ``8 / target_bits``. Where no target is given, 2.2; for ``"rate"`` with codec
+            ``"packed"`` 4.2 bits, which lose as little.
         target_nbytes: the same as a size of all tensors of the model.
         alpha: of ``"paper"``: exponent of the scaling, or ``"model"`` or ``"layer"`` to search 0, 0.1 .. 1.
         sparsity: of ``"paper"``: share of the weights that are zero after pruning.
         granularity: empty for the recipe's own. Of ``"int8"``: a scale per output ``"row"`` (most accurate) or per ``"tensor"`` (compresses much
             better); ``"row"`` unless told otherwise. Of ``"paper"``: what the sparsity is a share of, ``"tensor"`` unless
             told otherwise.
-        codec: ``"auto"``, ``"raw"`` or ``"zstd"``; see ``dcext.encode``.
+        codec: ``"auto"``, ``"raw"``, ``"zstd"`` or ``"packed"``; see ``dcext.encode``. Recipe ``"rate"`` rounds to few
+            values for ``"packed"``, to what has short codes for the others.
         level: Zstandard level 1 to 22, or None for literals only.
         activations: ``"int8"`` quantizes each token dynamically (W8A8), ``"none"`` keeps them (W8A16).
         seed: of what recipe ``"rate"`` draws.
@@ -114,7 +118,11 @@ class CompressionConfig:
         """
         if self.target_nbytes is not None:
             raise ValueError("bits: expected target_bits or target_ratio, got target_nbytes")
-        return self.target_bits or 8 / (self.target_ratio or DEFAULT_RATIO)
+        if self.target_bits is not None:
+            return self.target_bits
+        if self.target_ratio is None and self.recipe == "rate" and self.codec == "packed":
+            return DEFAULT_PACKED_BITS
+        return 8 / (self.target_ratio or DEFAULT_RATIO)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""

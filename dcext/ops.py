@@ -24,7 +24,9 @@ float32; ``target``, the same corrected by the columns behind the block, destroy
 by how much a magnitude may lie above the middle between two levels, in steps, and still go to the lower one. It fills
 ``q`` (cols, rows) int8 in [-127, 127] and ``error = weight - q * step``. ``row_feedback`` (blocks, size, size), size a
 multiple of 8 up to 256, makes rows correct each other within blocks of ``size``: ``[n, m]``, nonzero for m < n only,
-says how ``target - q * step`` of row n moves the target of row m; rows go from the last to the first.
+says how ``target - q * step`` of row n moves the target of row m; rows go from the last to the first. ``nearest`` (panels,
+512) int8 rounds to tables instead of by ``pull``: a target of v steps in row n becomes ``nearest[n // panel_rows, k]``
+with ``k = floor(2 v) + 256`` held in 0 to 511, so thresholds are multiples of 1/2 and belong to what is above them.
 """
 
 from __future__ import annotations
@@ -101,5 +103,7 @@ def _(
     q: Tensor,
     error: Tensor,
     row_feedback: Tensor | None = None,
+    nearest: Tensor | None = None,
+    panel_rows: int = 0,
 ) -> None:
     return None

@@ -70,13 +70,24 @@ def with_rows(case: dict, size: int, seed: int, exact: bool = True) -> dict:
     return {**case, "row_feedback": torch.stack(feedback)}
 
 
+def with_tables(case: dict, panel_rows: int, seed: int) -> dict:
+    """The case with a table of random integers for every ``panel_rows`` rows."""
+    panels = -(-case["weight"].shape[1] // panel_rows)
+    tables = torch.randint(-127, 128, (panels, 512), generator=seeded(seed), dtype=torch.int8)
+    return {**case, "nearest": tables, "panel_rows": panel_rows}
+
+
 def run_op(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """``q`` and ``error``; of what is passed, only ``target`` may change."""
-    arguments = {name: tensor.clone() for name, tensor in case.items()}
+    arguments = {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in case.items()
+    }
     q = torch.full_like(case["weight"], 99, dtype=torch.int8)
     error = torch.full_like(case["weight"], float("nan"))
     torch.ops.dcext.round_columns_(**arguments, q=q, error=error)
-    assert all(torch.equal(arguments[name], case[name]) for name in case if name != "target")
+    kept = case.keys() - {"target", "panel_rows"}
+    assert all(torch.equal(arguments[name], case[name]) for name in kept)
     return q, error
 
 
@@ -102,6 +113,34 @@ def test_op_is_the_plain_loop_where_rows_correct_each_other(isa, rows, size):
     if rows > 8:
         without = {name: value for name, value in case.items() if name != "row_feedback"}
         assert not torch.equal(run_op(without)[0], q)
+
+
+@pytest.mark.parametrize("size", [0, 8, 64])
+@pytest.mark.parametrize(("rows", "panel_rows"), [(1, 1), (31, 7), (33, 16), (200, 48), (70, 100)])
+def test_op_rounds_to_tables(isa, rows, panel_rows, size):
+    """Values on thresholds, a quarter of them, go to the interval above; others stay inside."""
+    case = exact_case(rows, 12, pull=NO_PULL, seed=rows)
+    case["weight"], case["target"] = case["weight"] * 16, case["target"] * 16  # beyond both ends
+    case["feedback"] *= 1 / 16  # errors of random tables do not explode
+    case = with_tables(case, panel_rows, seed=rows + 1)
+    if size:
+        case = with_rows(case, size, seed=size)
+        case["row_feedback"] = case["row_feedback"] / 16
+    q, error = run_op(case)
+    expected_q, expected_error = reference.round_columns(**case)
+    assert torch.equal(q.double(), expected_q)
+    assert torch.equal(error.double(), expected_error)
+
+
+def test_op_takes_the_half_below_each_threshold_for_its_own():
+    """Right below a multiple of 1/2, where adding the table's offset would round up to it."""
+    halves = torch.arange(-300, 301) / 2
+    values = torch.stack([halves, torch.nextafter(halves, torch.tensor(-1e9))]).reshape(1, -1)
+    table = torch.arange(512).remainder(251).sub(125).to(torch.int8)[None]
+    case = {"weight": values, "target": values, "feedback": torch.zeros(1, 1)}
+    case |= {"step": torch.ones(1), "pull": NO_PULL, "nearest": table, "panel_rows": 10**6}
+    q, _ = run_op(case)
+    assert torch.equal(q.double(), reference.look_up(values, table.expand(1, values.shape[1], -1)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -149,10 +188,13 @@ def test_op_thresholds_are_the_middles_plus_pull(sixtyfourths, seed):
     assert torch.equal(q.double(), reference.round_levels(values, pull))
 
 
+@pytest.mark.parametrize("has_tables", [False, True])
 @pytest.mark.parametrize("size", [0, 64])
-def test_op_gives_the_same_bits_for_every_isa_and_number_of_threads(size):
+def test_op_gives_the_same_bits_for_every_isa_and_number_of_threads(size, has_tables):
     threads, before = torch.get_num_threads(), _C.selected_isa()
     case = real_case(200, 64)
+    if has_tables:
+        case = with_tables(case, 48, seed=3)
     if size:
         case = with_rows(case, size, seed=9, exact=False)
     outputs = []
@@ -185,6 +227,9 @@ def test_op_survives_what_is_not_finite():
         "    args = (w, w.clone(), torch.eye(4), step, torch.zeros(128), q, torch.empty(4, 40))\n"
         "    torch.ops.dcext.round_columns_(*args)\n"
         "    assert (q[:, :5] == 1).all() and (q[:, 6:] == 1).all() and (q >= -127).all()\n"
+        "    table = torch.full((3, 512), 7, dtype=torch.int8)\n"
+        "    torch.ops.dcext.round_columns_(*args, None, table, 16)\n"
+        "    assert (q == 7).all()\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-500:]
@@ -232,10 +277,15 @@ def test_op_survives_what_is_not_finite():
             ValueError,
             r"row_feedback: .*up to 256, got shape \[1, 264, 264\]",
         ),
+        ("nearest", lambda t: t.int(), TypeError, "nearest: expected .*, got Int"),
+        ("nearest", lambda t: t[1:], ValueError, r"nearest: .*\[3, 512\], got shape \[2, 512\]"),
+        ("nearest", lambda t: t[:, 1:], ValueError, r"nearest: .*\[3, 512\], got shape \[3, 511\]"),
+        ("panel_rows", lambda n: 0, ValueError, "panel_rows: expected at least 1, got 0"),
+        ("panel_rows", lambda n: -16, ValueError, "panel_rows: expected at least 1, got -16"),
     ],
 )
 def test_op_refuses(argument, change, error, message):
-    arguments = with_rows(real_case(33, 5), 8, seed=0)
+    arguments = with_tables(with_rows(real_case(33, 5), 8, seed=0), 16, seed=1)
     arguments |= {"q": torch.empty(5, 33, dtype=torch.int8), "error": torch.empty(5, 33)}
     arguments[argument] = change(arguments[argument])
     with pytest.raises(error, match=f"^dcext::round_columns_: {message}"):
@@ -246,6 +296,7 @@ def test_opcheck():
     q, error = torch.empty(5, 33, dtype=torch.int8), torch.empty(5, 33)
     case = with_rows(real_case(33, 5), 8, seed=0)
     row_feedback = case.pop("row_feedback")
-    for last in (row_feedback, None):
-        arguments = (*case.values(), q, error, last)
+    table = torch.zeros(3, 512, dtype=torch.int8)
+    for last in ((row_feedback,), (None,), (None, table, 16), (row_feedback, table, 16)):
+        arguments = (*case.values(), q, error, *last)
         torch.library.opcheck(torch.ops.dcext.round_columns_.default, arguments)

@@ -10,6 +10,9 @@ namespace dcext {
 /** Longest code-length table: |q| of 0 to 127. */
 constexpr int64_t kNumLevels = 128;
 
+/** Entries of a rounding table: one for each half-open interval [k / 2, (k + 1) / 2), k from -256 to 255. */
+constexpr int64_t kTableSize = 512;
+
 /** Rows of a block that correct each other are a multiple of kRowGroup, at most kMaxRowBlock. */
 constexpr int64_t kRowGroup = 8;
 constexpr int64_t kMaxRowBlock = 256;
@@ -32,9 +35,13 @@ struct RoundColumns {
       row_feedback;  ///< (blocks, row_block, row_block), zero but for [n, m] with m < n: what row n's target
                      ///< less its value moves the target of row m of the same block; may be null
   int64_t row_block;  ///< rows in each block but the last, which may have fewer
-  int8_t* q;          ///< (cols, rows): receives the integers, in [-127, 127]
-  float* error;       ///< (cols, rows): receives weight - q * step
-  Isa isa;            ///< must be supported
+  const int8_t*
+      nearest;  ///< (panels, kTableSize), or null: instead of `pull`, a target of v steps in row n becomes
+  ///< nearest[n / panel_rows, floor(2 v) + 256], the ends of the table going on for ever
+  int64_t panel_rows;  ///< positive where there are tables
+  int8_t* q;           ///< (cols, rows): receives the integers, in [-127, 127] or of the tables
+  float* error;        ///< (cols, rows): receives weight - q * step
+  Isa isa;             ///< must be supported
 };
 
 /** Rounds the block. Blocks of rows do not depend on each other and float operations have one order: the same bits for

@@ -259,6 +259,8 @@ def _pack_sensitivity(value: Sensitivity) -> tuple[dict[str, Tensor], dict[str, 
         tensors[f"values/{name}"] = sample.values
         tensors[f"rows/{name}"] = sample.rows
         tensors[f"spread/{name}"] = sample.row_spread
+        tensors[f"units/{name}"] = sample.units
+        tensors[f"col_spread/{name}"] = sample.col_spread
     shapes = {name: sample.shape for name, sample in value.samples.items()}
     return tensors, {"groups": value.groups, "shapes": shapes}
 
@@ -274,6 +276,8 @@ def _unpack_sensitivity(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Sen
             tensors[f"values/{name}"],
             tensors[f"rows/{name}"],
             tensors[f"spread/{name}"],
+            tensors[f"units/{name}"],
+            tensors[f"col_spread/{name}"],
             tuple(shape),
         )
         for name, shape in meta["shapes"].items()

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dcext.calibrate.sensitivity import Sensitivity
-from dcext.codec import encode, entropy
+from dcext.codec import encode, entropy, payload_info
 from dcext.config import CompressionConfig
 from dcext.nn.compressed import storage_form, to_weight_memory
-from dcext.quantize.control import LayerForecast, RateController
+from dcext.quantize.control import RateController
+from dcext.quantize.cost import cost_model
 from dcext.quantize.data_free import round_data_free
 from dcext.quantize.feedback import cholesky_factor
 from dcext.quantize.output_moment import row_energies, row_factor, row_scales, weighted_error
@@ -21,17 +22,13 @@ from dcext.quantize.paper import ALPHAS, alpha_cost, alpha_trial, quantize_paper
 from dcext.quantize.quantized import QuantizedWeight, output_snr_db
 from dcext.quantize.rate import (
     MOST_POWER,
-    plan_steps,
     restore_order,
-    round_to_steps,
     rounding_order,
     waterfilling_bits,
 )
 from dcext.quantize.report import LayerReport
 from dcext.quantize.rounding import quantize_absmax
 from dcext.quantize.statistics import InputStatistics
-
-HEADER_NBYTES = 64 + 64  # of a payload: header, and a chunk's table entry with its padding
 
 
 @dataclass
@@ -71,7 +68,18 @@ def code_layer(
         outlier_columns=outliers,
         fallback=quantized.fallback,
     )
+    if config.codec == "packed":
+        report.packed_width, report.packed_exceptions = packed_figures(payload)
     return CodedLayer(payload, quantized, report)
+
+
+def packed_figures(payload: Tensor) -> tuple[float, float]:
+    """Bits of a code (8 in raw chunks), mean over the weights, and the share of weights that are exceptions."""
+    chunks = payload_info(payload)["chunks"]
+    weights = [rows * cols for rows, cols in (chunk["shape"] for chunk in chunks)]
+    bits = [(chunk["width"] or 8) * n for chunk, n in zip(chunks, weights, strict=True)]
+    exceptions = sum(chunk["exceptions"] for chunk in chunks)
+    return sum(bits) / sum(weights), exceptions / sum(weights)
 
 
 def pruned_share(weight: Tensor, quantized: QuantizedWeight) -> float:
@@ -86,7 +94,7 @@ def pruned_share(weight: Tensor, quantized: QuantizedWeight) -> float:
 
 
 class RateRecipe:
-    """Recipe ``rate``: equal slope over all rows of all layers, column steps from the inputs, error feedback."""
+    """Recipe ``rate``: equal slope over all layers, column steps from the inputs, error feedback."""
 
     name = "rate"
     feeds_back = True  # later layers are calibrated on the outputs of the compressed ones
@@ -94,6 +102,7 @@ class RateRecipe:
     def __init__(self, config: CompressionConfig, sensitivity: Sensitivity) -> None:
         """Makes the forecasts for ``config.target_bits``."""
         self._config = config
+        self._cost = cost_model(config.codec)
         self.groups: dict[str, list[str]] | None = {g[0]: g for g in sensitivity.groups}
         self._rows = {}
         forecasts = {}
@@ -105,11 +114,12 @@ class RateRecipe:
                 rows, cols = sample.shape
                 factor = row_factor(sensitivity.output[name], rows)
                 self._rows[name] = row_scales(factor, rows)
-                nbytes = HEADER_NBYTES + 2 * rows + (2 * cols if name == group[0] else 0)
-                normalized = sample.normalized(self._rows[name])
-                forecasts[name] = LayerForecast(normalized, rows * cols, 8 * nbytes / (rows * cols))
+                scale_bits = 16 * (rows + (cols if name == group[0] else 0))
+                forecasts[name] = self._cost.forecast(sample, self._rows[name], scale_bits)
         self._moments = sensitivity.output
-        self._controller = RateController(forecasts, config.bits)
+        self._controller = RateController(
+            forecasts, config.bits, self._cost.limits, self._cost.first_excess_bits
+        )
 
     def statistics(self, in_features: int) -> InputStatistics:
         """What is to be learnt of a layer's inputs."""
@@ -135,12 +145,12 @@ class RateRecipe:
         scale = self._controller.scale()
         rows = {name: self._rows[name] for name in weights}
         ordered = {name: weight[:, order] for name, weight in weights.items()}
-        steps = plan_steps(ordered, factor, rows, scale)
+        steps = self._cost.plan(ordered, factor, rows, scale)
         col_scale = steps.col_scale[order.argsort()]
         eigenvalues = torch.linalg.eigvalsh(moment.float())
         coded = {}
         for i, (name, weight) in enumerate(weights.items()):
-            quantized = round_to_steps(name, ordered[name], factor, steps, self._moments[name])
+            quantized = self._cost.round(name, ordered[name], factor, steps, self._moments[name])
             quantized = restore_order(quantized, order, col_scale)
             if statistics.tokens < weight.shape[1]:
                 quantized.fallback = (

@@ -38,13 +38,20 @@ def show_layers(report: Any) -> None:
     """Prints what compression did to each layer, and what fell short of the recipe."""
     table = Table(caption="zero: share of integers; pruned: of them, not by rounding to nearest")
     table.add_column("layer", overflow="fold")
-    for heading in ("bits/weight", "error", "zero", "pruned", "outlier columns"):
+    packed = any(layer.packed_width is not None for layer in report.layers)
+    more = ("width", "exceptions") if packed else ()
+    for heading in ("bits/weight", "error", "zero", "pruned", "outlier columns", *more):
         table.add_column(heading, justify="right")
     for layer in report.layers:
         snr = "" if layer.output_snr_db is None else f"{-layer.output_snr_db:.1f} dB"
         shares = (f"{layer.zero_share:.1%}", f"{layer.pruned_share:.1%}")
         outliers = str(layer.outlier_columns or "")
-        table.add_row(layer.name, f"{layer.bits_per_weight:.3f}", snr, *shares, outliers)
+        figures = [f"{layer.bits_per_weight:.3f}", snr, *shares, outliers]
+        if packed:
+            known = layer.packed_width is not None
+            figures += [f"{layer.packed_width:.2f}" if known else ""]
+            figures += [f"{layer.packed_exceptions:.2%}" if known else ""]
+        table.add_row(layer.name, *figures)
     console().print(table)
     for row in report.alphas:
         console().print(

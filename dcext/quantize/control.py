@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,12 +16,39 @@ FIRST_EXCESS_BITS = 0.04  # of stored size over the predicted entropy, before th
 GRID_LOG2 = tuple(
     k / 4 for k in range(-28, 17)
 )  # scales over a layer's rms at which its entropy is measured
-LEAST_BITS, MOST_BITS = 0.3, 7.5  # targets beyond these are refused
+LEAST_BITS, MOST_BITS = 0.3, 7.5  # entropy-coded: targets beyond these are refused
+
+
+@dataclass
+class RateCurve:
+    """A layer's bits over the scale.
+
+    Attributes:
+        log2_start: where the curve's own scale is 1; its points are ``log2`` of that.
+        points: evenly spaced, ascending.
+        bits: ``(points,)`` float64, bits per weight at each, not rising.
+        weights: of the layer.
+        overhead_bits: bits per weight that do not depend on the scale.
+    """
+
+    log2_start: float
+    points: tuple[float, ...]
+    bits: Tensor
+    weights: int
+    overhead_bits: float
+
+
+class Forecast(Protocol):
+    """What is known of a layer before it is rounded."""
+
+    def curve(self) -> RateCurve:
+        """Its bits over the scale."""
+        ...
 
 
 @dataclass
 class LayerForecast:
-    """What is known of a layer before it is rounded.
+    """What is known of an entropy-coded layer before it is rounded.
 
     Attributes:
         sample: some of its weights, in units of their steps at ``scale = 1``.
@@ -31,6 +60,14 @@ class LayerForecast:
     weights: int
     overhead_bits: float
 
+    def curve(self) -> RateCurve:
+        """Its entropy, measured once at the points of ``GRID_LOG2``, which are relative to the sample's rms."""
+        rms = float(self.sample.square().mean().sqrt()) or 1.0
+        bits = [predicted_entropy(self.sample, rms * 2.0**k) for k in GRID_LOG2]
+        # Below some scale int8 cannot hold the weights and entropy falls again; such scales are never wanted.
+        falling = torch.tensor(bits, dtype=torch.float64).flip(0).cummax(0)[0].flip(0)
+        return RateCurve(math.log2(rms), GRID_LOG2, falling, self.weights, self.overhead_bits)
+
 
 class RateController:
     """Chooses the scale for the layers still to come, from forecasts and from what the layers done turned out to take.
@@ -39,34 +76,53 @@ class RateController:
     out while they are small, and all layers keep very nearly the same slope.
     """
 
-    def __init__(self, forecasts: dict[str, LayerForecast], target_bits: float) -> None:
-        """Takes forecasts by layer, and the stored bits per weight that all of them shall have together.
+    def __init__(
+        self,
+        forecasts: Mapping[str, Forecast],
+        target_bits: float,
+        limits: tuple[float, float] = (LEAST_BITS, MOST_BITS),
+        first_excess_bits: float = FIRST_EXCESS_BITS,
+    ) -> None:
+        """Starts with no layer done.
+
+        Args:
+            forecasts: by layer.
+            target_bits: stored bits per weight that all of them shall have together.
+            limits: least and most that the codec can reach.
+            first_excess_bits: of stored size over forecasts, before the first layer has told.
 
         Raises:
-            ValueError: a target that int8 levels cannot reach.
+            ValueError: a target that the codec cannot reach.
         """
-        if not LEAST_BITS <= target_bits <= MOST_BITS:
+        least, most = limits
+        if not least <= target_bits <= most:
             raise ValueError(
-                f"target_bits: expected {LEAST_BITS} to {MOST_BITS} bits per weight, got {target_bits:.3f}"
+                f"target_bits: expected {least} to {most} bits per weight, got {target_bits:.3f}"
             )
-        self._curves = {name: _EntropyCurve(f) for name, f in forecasts.items()}
-        self._budget = target_bits * sum(f.weights for f in forecasts.values())
+        self._first_excess_bits = first_excess_bits
+        self._curves = {name: forecast.curve() for name, forecast in forecasts.items()}
+        self._budget = target_bits * sum(curve.weights for curve in self._curves.values())
         self._weights_done = 0
         self._excess_bits = 0.0
 
     def scale(self) -> float:
         """The scale for the next layers."""
         curves = list(self._curves.values())
-        starts = torch.tensor([curve.log2_rms for curve in curves], dtype=torch.float64)
+        starts = torch.tensor([curve.log2_start for curve in curves], dtype=torch.float64)
         bits = torch.stack([curve.bits for curve in curves])
         weights = torch.tensor([curve.weights for curve in curves], dtype=torch.float64)
         fixed = torch.tensor([curve.overhead_bits for curve in curves], dtype=torch.float64)
-        excess = self._excess_bits / self._weights_done if self._weights_done else FIRST_EXCESS_BITS
+        points = curves[0].points
+        excess = (
+            self._excess_bits / self._weights_done
+            if self._weights_done
+            else self._first_excess_bits
+        )
         budget = self._budget - float(((fixed + excess) * weights).sum())
-        low, high = float(starts.min()) + GRID_LOG2[0], float(starts.max()) + GRID_LOG2[-1]
+        low, high = float(starts.min()) + points[0], float(starts.max()) + points[-1]
         while high - low > 1e-4:
             middle = (low + high) / 2
-            if float((_interpolate(bits, middle - starts) * weights).sum()) > budget:
+            if float((_interpolate(points, bits, middle - starts) * weights).sum()) > budget:
                 low = middle
             else:
                 high = middle
@@ -76,8 +132,8 @@ class RateController:
         """Tells what a layer took in the end, rounded at ``scale``."""
         curve = self._curves.pop(name)
         self._budget -= 8 * stored_nbytes
-        at = torch.tensor([math.log2(scale) - curve.log2_rms], dtype=torch.float64)
-        predicted = float(_interpolate(curve.bits[None], at)) + curve.overhead_bits
+        at = torch.tensor([math.log2(scale) - curve.log2_start], dtype=torch.float64)
+        predicted = float(_interpolate(curve.points, curve.bits[None], at)) + curve.overhead_bits
         self._excess_bits += 8 * stored_nbytes - predicted * curve.weights
         self._weights_done += curve.weights
 
@@ -103,22 +159,10 @@ class RateController:
             self._curves.pop(name, None)
 
 
-class _EntropyCurve:
-    """A layer's entropy over the scale, measured once at the points of ``GRID_LOG2``."""
-
-    def __init__(self, forecast: LayerForecast) -> None:
-        rms = float(forecast.sample.square().mean().sqrt()) or 1.0
-        self.log2_rms = math.log2(rms)
-        self.weights = forecast.weights
-        self.overhead_bits = forecast.overhead_bits
-        bits = [predicted_entropy(forecast.sample, rms * 2.0**k) for k in GRID_LOG2]
-        # Below some scale int8 cannot hold the weights and entropy falls again; such scales are never wanted.
-        self.bits = torch.tensor(bits, dtype=torch.float64).flip(0).cummax(0)[0].flip(0)
-
-
-def _interpolate(bits: Tensor, at: Tensor) -> Tensor:
-    """Linear interpolation of each curve ``(layers, points)`` at its own ``log2(scale / rms)``."""
-    position = ((at - GRID_LOG2[0]) * 4).clamp(0, len(GRID_LOG2) - 1.001)
+def _interpolate(points: tuple[float, ...], bits: Tensor, at: Tensor) -> Tensor:
+    """Linear interpolation of each curve ``(layers, points)`` at its own ``log2`` of the scale over its start."""
+    density = 1 / (points[1] - points[0])
+    position = ((at - points[0]) * density).clamp(0, len(points) - 1.001)
     index = position.long()
     left = bits.gather(1, index[:, None])[:, 0]
     right = bits.gather(1, index[:, None] + 1)[:, 0]

@@ -56,6 +56,8 @@ def round_with_feedback(
     col_scale: Tensor,
     pull: Tensor | None = None,
     row_factor: Tensor | None = None,
+    nearest: Tensor | None = None,
+    panel_rows: int = 0,
 ) -> Tensor:
     """Integers of a matrix for given steps, with the error of each weight spread over those still to be rounded.
 
@@ -71,6 +73,9 @@ def round_with_feedback(
         col_scale: ``(K,)`` float32, positive; the step of weight (n, k) is ``row_scale[n] * col_scale[k]``.
         pull: ``(128,)`` float32 from ``rate_pull``, or None to round to nearest.
         row_factor: A, from ``output_moment.row_factor``; None for the identity.
+        nearest: ``(panels, 512)`` int8, what each half of a step is rounded to, from ``packed_rate``, instead of the
+            nearest multiple; see ``round_columns_`` in ``dcext/ops.py``.
+        panel_rows: rows that share a table.
 
     Returns:
         ``(N, K)`` int8 in [-127, 127].
@@ -99,6 +104,8 @@ def round_with_feedback(
             qweight[begin:end],
             error[begin:end],
             from_rows,
+            nearest,
+            panel_rows,
         )
     return qweight.t().contiguous()
 

@@ -117,13 +117,13 @@ def round_to_steps(
     if not len(outliers):
         return QuantizedWeight(qweight, fitted, col_scale)
     error = inside - qweight.float() * fitted[:, None] * col_scale
-    kept = weight[:, outliers] + _absorbed(error, factor, outliers)
+    kept = weight[:, outliers] + absorbed(error, factor, outliers)
     return QuantizedWeight(
         qweight, fitted, col_scale, outliers.int(), kept.to(torch.bfloat16).contiguous()
     )
 
 
-def _absorbed(error: Tensor, factor: Tensor, columns: Tensor) -> Tensor:
+def absorbed(error: Tensor, factor: Tensor, columns: Tensor) -> Tensor:
     """What to add to float columns so that they make up best for the errors of all others: ``E H_:O H_OO^-1``."""
     mine = factor[columns]
     cross = (error.double() @ factor) @ mine.t()
@@ -209,12 +209,16 @@ class WeightSample:
         values: ``(n,)`` float32, weights in units of their column's step for ``scale = 1`` and row scales of 1.
         rows: ``(n,)`` int32, the rows that they are from.
         row_spread: ``(N,)`` float32, root mean square of all weights of a row, times ``L_kk`` of their column.
+        units: ``(n,)`` float32, the weights times ``L_kk``, over the root mean squares of their row and column.
+        col_spread: ``(n,)`` float32, that of their column, in matrices whose rows have 1.
         shape: of the layer.
     """
 
     values: Tensor
     rows: Tensor
     row_spread: Tensor
+    units: Tensor
+    col_spread: Tensor
     shape: tuple[int, int]
 
     def normalized(self, row_scale: Tensor) -> Tensor:
@@ -241,7 +245,10 @@ def sample_weights(weight: Tensor, pivots: Tensor, *, seed: int) -> WeightSample
     squares = scaled.square()
     # Rows are weighted alike here, since what they are worth is not known yet.
     values = scaled[row, col] / spread_factor(squares.mean(0).sqrt())[col]
-    return WeightSample(values, row.int(), squares.mean(1).sqrt(), (rows, cols))
+    by_row = squares.mean(1)
+    by_col = ((1 / by_row).nan_to_num(posinf=0) @ squares / rows).sqrt()
+    units = scaled[row, col] / (by_row.sqrt()[row] * by_col[col]).clamp_min(1e-30)
+    return WeightSample(values, row.int(), by_row.sqrt(), units, by_col[col], (rows, cols))
 
 
 def waterfilling_bits(energies: Tensor, eigenvalues: Tensor, distortion: float) -> float:

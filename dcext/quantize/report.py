@@ -25,6 +25,8 @@ class LayerReport:
             nats per token, to second order. Recipe ``rate`` makes it the same for all weights.
         waterfilling_bits: fewest bits per weight at this error for a Gaussian matrix; None where not computed.
         alpha: of recipe ``paper``.
+        packed_width: of codec ``packed``: bits of a code, mean over the weights, 8 where stored raw.
+        packed_exceptions: of codec ``packed``: share of weights that its tables do not hold.
         fallback: what was done where the recipe could not be followed, and why; None where it was.
     """
 
@@ -40,6 +42,8 @@ class LayerReport:
     expected_loss: float | None = None
     waterfilling_bits: float | None = None
     alpha: float | None = None
+    packed_width: float | None = None
+    packed_exceptions: float | None = None
     fallback: str | None = None
 
     @property
