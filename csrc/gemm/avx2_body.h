@@ -67,7 +67,7 @@ struct PackedAvx2 {
   using Weights = __m256i;
   static constexpr int64_t kRows = 8;
   static constexpr uint32_t kOffset = kAdded;
-  static constexpr int kMostTokens = 4;
+  static constexpr int kMostTokens = 4, kDenseTokens = 6;
 
   template <int kWidth>
   struct Lookup : LookupAvx2<kWidth> {
@@ -78,6 +78,16 @@ struct PackedAvx2 {
   static Acc add(Acc a, Acc b) { return _mm256_add_epi32(a, b); }
   static void store(int32_t* p, Acc acc) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), acc);
+  }
+  static Acc fill(int32_t i) { return _mm256_set1_epi32(i); }
+  static Acc load(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static void store_weights(uint8_t* p, Weights w) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), w);
+  }
+  static Weights load_weights(const uint8_t* p) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
   }
   static __m256i broadcast(const int8_t* x) {
     int32_t quad;

@@ -61,7 +61,10 @@ struct GemmKernels {
    *  @param acc   (tokens, panel.rows). */
   void (*multiply)(const WeightPanel& panel, const uint8_t* packed, int64_t tokens, int32_t* acc);
 
-  /** The same sums straight from the codes of a packed panel, for few tokens. Reads kMaxPackedCols activations of each
+  /** Tokens up to which multiply_packed is faster than unpacking a panel and multiply. */
+  int64_t most_packed_tokens;
+
+  /** The same sums straight from the codes of a packed panel. Reads kMaxPackedCols activations of each
    *  token at most, whatever the columns of its exceptions are.
    *  @param tile   of all columns of the matrix, counts_add_up(tile). */
   void (*multiply_packed)(const PackedTile& tile, const PackedInput& input, int64_t tokens,
@@ -87,8 +90,8 @@ struct GemmKernels {
 };
 
 constexpr int64_t kPackTokens = 16;
-constexpr int64_t kFewTokens =
-    16;  ///< up to here multiply_packed is faster than unpacking and multiply
+constexpr int64_t kFewTokens = 16;  ///< up to here multiply_packed keeps the weights in registers
+constexpr int64_t kAnyTokens = int64_t{1} << 62;
 constexpr int64_t packed_cols(int64_t cols) {
   return (cols + kGroupCols - 1) / kGroupCols * kGroupCols;
 }

@@ -112,7 +112,7 @@ struct PackedDot {
   using Weights = __m512i;
   static constexpr int64_t kRows = 16;
   static constexpr uint32_t kOffset = 128;
-  static constexpr int kMostTokens = 8;
+  static constexpr int kMostTokens = 8, kDenseTokens = 12;
 
   template <int kWidth>
   struct Lookup {
@@ -176,7 +176,11 @@ struct PackedDot {
 
   static Acc zero() { return _mm512_setzero_si512(); }
   static Acc add(Acc a, Acc b) { return _mm512_add_epi32(a, b); }
+  static Acc fill(int32_t i) { return _mm512_set1_epi32(i); }
   static void store(int32_t* p, Acc acc) { _mm512_storeu_si512(p, acc); }
+  static Acc load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_weights(uint8_t* p, Weights w) { _mm512_store_si512(p, w); }
+  static Weights load_weights(const uint8_t* p) { return _mm512_load_si512(p); }
   static Acc dot(Acc acc, Weights w, const int8_t* x) {
     int32_t quad;
     std::memcpy(&quad, x, sizeof(quad));
@@ -196,11 +200,11 @@ struct PackedDot {
 DCEXT_TARGET_END
 
 const dcext::GemmKernels dcext::kAvx512Kernels = {
-    Isa::kAvx512Vnni, quantize,   dot_packed_nbytes,    dot_pack, dot_multiply,
+    Isa::kAvx512Vnni, quantize,   dot_packed_nbytes,    dot_pack, dot_multiply,  dcext::kAnyTokens,
     multiply_packed,  dequantize, multiply_weight_only, widen,    dequantize_row};
 
 const dcext::GemmKernels dcext::kAmxKernels = {
-    Isa::kAmx,       quantize,   amx_packed_nbytes,    amx_pack, amx_multiply,
+    Isa::kAmx,       quantize,   amx_packed_nbytes,    amx_pack, amx_multiply,  dcext::kFewTokens,
     multiply_packed, dequantize, multiply_weight_only, widen,    dequantize_row};
 
 #endif  // __x86_64__

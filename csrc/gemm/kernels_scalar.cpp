@@ -71,7 +71,7 @@ void multiply(const WeightPanel& panel, const uint8_t* packed, int64_t tokens, i
 struct PackedDot {
   static constexpr int64_t kRows = 16;
   static constexpr uint32_t kOffset = 0;
-  static constexpr int kMostTokens = 4;
+  static constexpr int kMostTokens = 4, kDenseTokens = 4;
   struct Acc {
     int32_t lanes[kRows];
   };
@@ -102,6 +102,22 @@ struct PackedDot {
     }
     return acc;
   }
+  static Acc fill(int32_t i) {
+    Acc acc;
+    for (int32_t& lane : acc.lanes) lane = i;
+    return acc;
+  }
+  static Acc load(const int32_t* p) {
+    Acc acc;
+    std::memcpy(acc.lanes, p, sizeof(acc.lanes));
+    return acc;
+  }
+  static void store_weights(uint8_t* p, const Weights& w) { std::memcpy(p, &w, sizeof(w)); }
+  static Weights load_weights(const uint8_t* p) {
+    Weights w;
+    std::memcpy(&w, p, sizeof(w));
+    return w;
+  }
   static void store(int32_t* p, const Acc& acc) { std::memcpy(p, acc.lanes, sizeof(acc.lanes)); }
 };
 
@@ -111,5 +127,5 @@ struct PackedDot {
 }  // namespace dcext
 
 const dcext::GemmKernels dcext::kScalarKernels = {
-    Isa::kScalar,    quantize,   packed_nbytes,        pack,  multiply,
+    Isa::kScalar,    quantize,   packed_nbytes,        pack,  multiply,      dcext::kAnyTokens,
     multiply_packed, dequantize, multiply_weight_only, widen, dequantize_row};

@@ -6,10 +6,15 @@
 //   kMostTokens                   tokens whose sums the registers hold beside what looking up takes
 //   Lookup<kWidth>(table)         .weights<v>(group): vector v of a group
 //   dot(acc, w, x)                acc + w * x, x being four int8 activations, the same for all rows
-//   zero(), add(a, b), store(p, acc)
+//   kDenseTokens                  tokens whose sums with two vectors of rows the registers hold
+//   zero(), fill(i), add(a, b), store(p, acc), load(p), store_weights(p, w), load_weights(p)
 //
-// Weights are taken from their codes to registers once for up to kMostTokens tokens. With one token the limit is the
-// memory: 4 bits 30 of 31 GB/s, 5 bits 25. Beyond a few tokens it is the dot products, as for raw weights.
+// Few tokens: weights are taken from their codes to registers for up to kMostTokens tokens at a time. With one token the
+// limit is the memory: 4 bits 30 of 31 GB/s, 5 bits 25.
+//
+// Many tokens: a slab of columns of two vectors of rows is taken from its codes to the L1 cache, exceptions put in their
+// places, and multiplied there. The limit is the dot products; unlike those of row-major weights their lanes need not
+// be added in the end.
 
 constexpr int64_t kPrefetchCodes = 4096;  // bytes ahead; less was slower from memory
 constexpr int64_t kMostSummed = 1024;  // exceptions of a block whose running sums are kept: 4 KiB
@@ -108,6 +113,52 @@ inline int64_t add_exceptions(const PackedTile& tile, int64_t first_row, int64_t
   return end;
 }
 
+constexpr int64_t kSlabGroups =
+    16;                        // 512 columns: two vectors of rows take 16 KiB, half of an L1 cache
+constexpr int64_t kSteps = 8;  // vectors of a group
+
+// Products of kVectors vectors of rows, `steps` steps of four columns each, with kTokens tokens: what starts from
+// `begin` [t] (a first slab) or from what is in `acc` (null: a further one) is stored there. `rows` of the lanes exist.
+template <int kVectors, int kTokens>
+inline void dense_block(const uint8_t* weights, int64_t steps, const int8_t* x, int64_t ld_x,
+                        const int32_t* begin, int64_t rows, int64_t ld_acc, int32_t* acc) {
+  constexpr int64_t kRows = PackedDot::kRows;
+  int32_t partial[kVectors * kRows];
+  const bool whole = rows == kVectors * kRows;
+  PackedDot::Acc sums[kVectors * kTokens];
+  unroll<kTokens>([&](auto t) DCEXT_LAMBDA {
+    const int32_t* from = acc + t * ld_acc;
+    if (begin == nullptr && !whole) {
+      std::memcpy(partial, from, static_cast<size_t>(rows) * sizeof(int32_t));
+      from = partial;
+    }
+    unroll<kVectors>([&](auto v) DCEXT_LAMBDA {
+      sums[t * kVectors + v] =
+          begin != nullptr ? PackedDot::fill(begin[t]) : PackedDot::load(from + v * kRows);
+    });
+  });
+  for (int64_t s = 0; s < steps; ++s) {
+    PackedDot::Weights w[kVectors];
+    unroll<kVectors>([&](auto v) DCEXT_LAMBDA {
+      w[v] = PackedDot::load_weights(weights + (v * steps + s) * 4 * kRows);
+    });
+    unroll<kTokens>([&](auto t) DCEXT_LAMBDA {
+      unroll<kVectors>([&](auto v) DCEXT_LAMBDA {
+        PackedDot::Acc& sum = sums[t * kVectors + v];
+        sum = PackedDot::dot(sum, w[v], x + t * ld_x + 4 * s);
+      });
+    });
+  }
+  unroll<kTokens>([&](auto t) DCEXT_LAMBDA {
+    int32_t* to = whole ? acc + t * ld_acc : partial;
+    unroll<kVectors>(
+        [&](auto v) DCEXT_LAMBDA { PackedDot::store(to + v * kRows, sums[t * kVectors + v]); });
+    if (!whole) {
+      std::memcpy(acc + t * ld_acc, partial, static_cast<size_t>(rows) * sizeof(int32_t));
+    }
+  });
+}
+
 template <int kWidth>
 struct PackedPanel {
   const PackedTile& tile;
@@ -134,7 +185,86 @@ struct PackedPanel {
     }
   }
 
+  // Takes the groups from g on of the rows from `row` on to `weights`: [vector][step][row][4 columns].
+  void unpack_slab(int64_t row, int64_t vectors, int64_t g, int64_t groups,
+                   uint8_t* weights) const {
+    constexpr int64_t kBytes = 4 * PackedDot::kRows;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t first = row + v * PackedDot::kRows;
+      const uint8_t* codes = tile.codes + first / kBlockRows * tile.block_nbytes() +
+                             first % kBlockRows * 4 + g * kWidth * kPieceNbytes;
+      for (int64_t i = 0; i < groups; ++i) {
+        unroll<kSteps>([&](auto step) DCEXT_LAMBDA {
+          PackedDot::store_weights(
+              weights + ((v * groups + i) * kSteps + step) * kBytes,
+              lookup.template weights<step>(codes + i * kWidth * kPieceNbytes));
+        });
+      }
+    }
+  }
+
+  // Puts the exceptions of one slab in their places. at[r] is the next of row r, and moves on.
+  void put_exceptions(int64_t rows, int64_t g, int64_t groups, int64_t* at, const int64_t* ends,
+                      uint8_t* weights) const {
+    constexpr int64_t kRows = PackedDot::kRows;
+    const int64_t first = g * kGroupCols, end = first + groups * kGroupCols;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (; at[r] < ends[r] && tile.column(at[r]) < end; ++at[r]) {
+        const int64_t col = tile.column(at[r]) - first;
+        if (col < 0) continue;  // not ascending: such a payload is refused where it is verified
+        const int64_t step = r / kRows * groups * kSteps + col / 4;
+        weights[(step * kRows + r % kRows) * 4 + col % 4] =
+            static_cast<uint8_t>(static_cast<uint8_t>(tile.values[at[r]]) + PackedDot::kOffset);
+      }
+    }
+  }
+
+  template <int kVectors>
+  void multiply_slab(const uint8_t* weights, int64_t g, int64_t groups, int64_t rows,
+                     int64_t tokens, int32_t* acc) const {
+    constexpr int kMost = PackedDot::kDenseTokens;
+    const auto multiply = [&](int64_t m, auto count) DCEXT_LAMBDA {
+      int32_t begin[kMost];
+      for (int t = 0; t < count; ++t) {
+        begin[t] = static_cast<int32_t>(0u - PackedDot::kOffset *
+                                                 static_cast<uint32_t>(input.sums[m + t]));
+      }
+      dense_block<kVectors, count>(weights, groups * kSteps,
+                                   input.x + m * input.ld + g * kGroupCols, input.ld,
+                                   g == 0 ? begin : nullptr, rows, tile.rows, acc + m * tile.rows);
+    };
+    int64_t m = 0;
+    for (; m + kMost <= tokens; m += kMost) multiply(m, std::integral_constant<int, kMost>{});
+    for (; m + 4 <= tokens; m += 4) multiply(m, std::integral_constant<int, 4>{});
+    for (; m < tokens; ++m) multiply(m, std::integral_constant<int, 1>{});
+  }
+
+  void multiply_many(int64_t tokens, int32_t* acc) const {
+    constexpr int64_t kRows = 2 * PackedDot::kRows;
+    alignas(64) uint8_t weights[kRows * kSlabGroups * kGroupCols];
+    int64_t at[kRows], ends[kRows], exception = 0;
+    for (int64_t row = 0; row < tile.rows; row += kRows) {
+      const int64_t rows = smaller(kRows, tile.rows - row);
+      const int64_t vectors = rows > PackedDot::kRows ? 2 : 1;
+      for (int64_t r = 0; r < rows; ++r) {
+        at[r] = exception;
+        ends[r] = exception += tile.num_exceptions == 0 ? 0 : tile.row_exceptions(row + r);
+      }
+      for (int64_t g = 0; g < tile.num_groups(); g += kSlabGroups) {
+        const int64_t groups = smaller(kSlabGroups, tile.num_groups() - g);
+        unpack_slab(row, vectors, g, groups, weights);
+        put_exceptions(rows, g, groups, at, ends, weights);
+        if (vectors == 2) {
+          multiply_slab<2>(weights, g, groups, rows, tokens, acc + row);
+        } else {
+          multiply_slab<1>(weights, g, groups, rows, tokens, acc + row);
+        }
+      }
+    }
+  }
+
   void multiply(int64_t tokens, int32_t* acc) const {
+    if (tokens > kFewTokens) return multiply_many(tokens, acc);
     int64_t exception = 0;
     for (int64_t b = 0; b < tile.num_blocks(); ++b) {
       const int64_t row = b * kBlockRows, rows = smaller(kBlockRows, tile.rows - row);

@@ -81,17 +81,18 @@ struct PanelKinds {
   bool dense = false;   // some are multiplied from int8
 };
 
-bool is_direct(const LinearCall& call, int64_t panel) {
-  return call.tokens <= kFewTokens && call.weight->layout().num_slabs() == 1 &&
+bool is_direct(const LinearCall& call, const GemmKernels& kernels, int64_t panel) {
+  return call.tokens <= kernels.most_packed_tokens && call.weight->layout().num_slabs() == 1 &&
          call.weight->chunk(panel).encoding == Encoding::kPacked;
 }
 
-PanelKinds panel_kinds(const LinearCall& call) {
+PanelKinds panel_kinds(const LinearCall& call, const GemmKernels& kernels) {
   const PayloadLayout& layout = call.weight->layout();
-  if (layout.codec != Codec::kPacked || call.tokens > kFewTokens) return {false, true};
+  if (layout.codec != Codec::kPacked || call.tokens > kernels.most_packed_tokens)
+    return {false, true};
   PanelKinds kinds;
   for (int64_t i = 0; i < layout.num_panels(); ++i) {
-    (is_direct(call, i) ? kinds.direct : kinds.dense) = true;
+    (is_direct(call, kernels, i) ? kinds.direct : kinds.dense) = true;
   }
   return kinds;
 }
@@ -148,7 +149,7 @@ Failure multiply_panel(const LinearCall& call, const GemmKernels& kernels, int64
   const int64_t acc_nbytes = call.tokens * *rows * static_cast<int64_t>(sizeof(int32_t));
   *acc = reinterpret_cast<int32_t*>(acc_scratch.reserve(acc_nbytes));
   if (*acc == nullptr) return out_of_memory(acc_nbytes);
-  if (is_direct(call, index)) {
+  if (is_direct(call, kernels, index)) {
     const PackedTile tile = packed_tile(*call.weight, index);
     if (!counts_add_up(tile)) return Failure{Status::kCorrupt, "exceptions", index, 0, 0};
     kernels.multiply_packed(tile, tokens.input, call.tokens, *acc);
@@ -164,7 +165,8 @@ Failure run_int8(const LinearCall& call, Executor& executor) {
   const PayloadLayout& layout = call.weight->layout();
   const GemmKernels& kernels = gemm_kernels(call.isa, call.tokens);
   QuantizedTokens tokens;
-  if (const Failure bad = quantize_tokens(call, kernels, panel_kinds(call), executor, &tokens);
+  if (const Failure bad =
+          quantize_tokens(call, kernels, panel_kinds(call, kernels), executor, &tokens);
       !bad.ok()) {
     return bad;
   }

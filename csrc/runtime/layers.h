@@ -24,7 +24,7 @@ struct LinearCall {
 };
 
 /** Runs a layer: each panel is decoded into a thread's own scratch, which fits in the L2 cache, and multiplied there;
- *  raw panels are multiplied where they lie, and so are packed ones with few quantized tokens. Memory carries the stored bytes once per 2,048 tokens.
+ *  raw panels are multiplied where they lie, and so, with quantized tokens, are packed ones. Memory carries the stored bytes once per 2,048 tokens.
  *  Stored bytes are not compared with their checksums (Verify::kNo): that is done when a payload is loaded.
  *  @return the failure of the lowest failing chunk, else kOk. On failure `y` is partly written.
  *  Threading: any number of calls at the same time. Scratch is per thread, grows to what the largest layer needs

@@ -22,8 +22,8 @@ class DCLinear(CompressedModule):
 
     With ``activations="int8"`` each token is quantized to int8 first (W8A8; int32 sums, exact); with ``"none"`` it is
     not (W8A16; float32 sums in a fixed order). Outputs are the same bits for every codec, number of threads and
-    instruction set. Panels of weights are decoded into the L2 cache and multiplied there, packed ones with up to 16
-    tokens straight from their codes, so memory carries the stored bytes only. Runs on the CPU.
+    instruction set. Panels of weights are decoded into the L2 cache and multiplied there, packed ones straight from
+    their codes (W8A8), so memory carries the stored bytes only. Runs on the CPU.
 
     Make one with ``from_float`` or ``from_qweight``.
     """
