@@ -7,12 +7,14 @@ already, and `torch._int_mm` is the integer product alone, without scales.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from conftest import SMOKE, Figure, Tables, Timer, count_threads, gaussian, speed_ratio
+from packed_weights import packed_rate_weights
 from torch.nn import functional
 
 import dcext
@@ -23,10 +25,13 @@ TOKENS = [1, 16] if SMOKE else [1, 8, 32, 128, 512]
 ROTATION = 2 * 128 * 256 if SMOKE else 512 * 2**20  # bytes of weights, at least
 # 3.6 bits, as compression-aware recipes aim at; 7.2 bits, as INT8 per row has
 SIGMAS = {"sigma 3": 3.0, "sigma 35": 35.0}
+RATE = "rate"  # weights as that recipe makes them for codec packed
+RATE_ROWS = 128 if SMOKE else 4096  # repeated for layers with more
 CASE_FIXTURES = ("case", "tokens", "threads")
 SCALE = 0.01
 
 INT_MM = "torch._int_mm, product alone"
+ONEDNN = "oneDNN qlinear, uint8 activations, prepacked"
 
 
 def count(shape: tuple[int, int], itemsize: int = 1) -> int:
@@ -47,6 +52,12 @@ class Case:
             for codec in ("raw", "zstd") if name == "sigma 3" else ("zstd",):
                 self.layers[codec, name] = [self.layer(weight, codec) for weight in weights]
             self.weights[name] = weights if name == "sigma 3" else weights[:1]
+        self.weights[RATE] = [repeated_rate_weights(shape)]
+        first = self.layer(self.weights[RATE][0], "packed")
+        self.layers["packed", RATE] = [first]
+        for _ in range(count(shape) - 1):  # the same weights in other memory
+            payload = dcext.nn.compressed.to_weight_memory(first.payload)
+            self.layers["packed", RATE].append(dcext.DCLinear(payload, first.row_scale))
         self.packed: tuple[int, list[torch.Tensor]] = (0, [])
 
     def layer(self, weight: torch.Tensor, codec: str) -> dcext.DCLinear:
@@ -63,6 +74,16 @@ class Case:
             pack, shape = torch.ops.onednn.qlinear_prepack, [tokens, self.shape[1]]
             self.packed = (tokens, [pack(weight, shape) for weight in self.weights["sigma 3"]])
         return self.packed[1]
+
+
+@functools.cache
+def rate_weights(cols: int) -> torch.Tensor:
+    return packed_rate_weights(RATE_ROWS, cols)
+
+
+def repeated_rate_weights(shape: tuple[int, int]) -> torch.Tensor:
+    weights = rate_weights(shape[1])
+    return weights.repeat(-(-shape[0] // len(weights)), 1)[: shape[0]].contiguous()
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -107,7 +128,8 @@ def record(
 
 
 @pytest.mark.parametrize(
-    ("codec", "weights"), [("raw", "sigma 3"), ("zstd", "sigma 3"), ("zstd", "sigma 35")]
+    ("codec", "weights"),
+    [("raw", "sigma 3"), ("zstd", "sigma 3"), ("zstd", "sigma 35"), ("packed", RATE)],
 )
 def test_dcext(
     case: Case, tokens: int, threads: int, timer: Timer, isa: str, codec: str, weights: str
@@ -168,8 +190,15 @@ def test_onednn(case: Case, tokens: int, threads: int, timer: Timer) -> None:
     packed = case.prepacked(tokens)
     check(multiply(packed[0]), q, case.weights["sigma 3"][0], 1)
     functions = [lambda w=w: multiply(w) for w in packed]
-    row = "oneDNN qlinear, uint8 activations, prepacked"
-    record(timer, case, tokens, threads, row, functions, bits=8.0)
+    record(timer, case, tokens, threads, ONEDNN, functions, bits=8.0)
+
+
+def test_memory(case: Case, tokens: int, threads: int, timer: Timer) -> None:
+    """Reading INT8 weights and doing next to nothing with them: what no layer that rests in memory can beat."""
+    if tokens != 1:
+        pytest.skip("the same for any number of tokens")
+    views = [weight.view(torch.int32) for weight in case.weights["sigma 3"]]
+    record(timer, case, 1, threads, "torch max, a plain read", [v.max for v in views], bits=8.0)
 
 
 def figures(tables: Tables) -> list[Figure]:
@@ -178,10 +207,16 @@ def figures(tables: Tables) -> list[Figure]:
     isas = _C.supported_isas()[:-3:-1]
     for case, rows in tables.get("layer forward", {}).items():
         single, many = "M = 1," in case, "M = 512," in case
+        packed_wanted = 1.3 if single else 1.0 if "M = 8," in case else 0.9 * many
         ratios = [("raw / torch._int_mm", dcext_row("raw", "", isas[0]), INT_MM, 1.0 * single)]
         for isa in isas:
             row, raw = dcext_row("zstd", "sigma 3", isa), dcext_row("raw", "", isa)
             ratios.append((f"zstd, sigma 3 / raw ({isa})", row, raw, 0.8 * many))
+        int8 = [dcext_row("raw", "", isas[0]), INT_MM, ONEDNN]
+        fastest = min((r for r in rows if r["row"] in int8), key=lambda r: r["median_s"])["row"]
+        packed = dcext_row("packed", RATE, isas[0])
+        what = f"packed / fastest INT8, which is {fastest}"
+        ratios.append((what, packed, fastest, packed_wanted))
         for what, row, baseline, wanted in ratios:
             ratio = speed_ratio(rows, row, baseline)
             if ratio is not None:

@@ -85,7 +85,7 @@ def test_same_bits_for_every_codec_isa_and_number_of_threads(dtype, activations)
     threads, before = torch.get_num_threads(), _C.selected_isa()
     outputs = []
     try:
-        for codec in ("raw", "zstd"):
+        for codec in ("raw", "zstd", "packed"):
             layer = random_layer(640, 1000, codec=codec, activations=activations, sigma=4.0)
             for name in ISAS:
                 _C.set_isa(name)
@@ -142,7 +142,7 @@ def test_from_float(granularity):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("codec", ["raw", "zstd"])
+@pytest.mark.parametrize("codec", ["raw", "zstd", "packed"])
 def test_embedding(dtype, codec):
     embedding = nn.Embedding(1000, 96, padding_idx=3).to(dtype)
     compressed = dcext.DCEmbedding.from_float(embedding, codec=codec)

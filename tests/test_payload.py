@@ -60,7 +60,7 @@ def test_golden_zstd_bytes():
     assert xxhash.xxh3_64_hexdigest(payload.numpy().tobytes()) == "64a0eaa14cf7a8b0"
 
 
-@pytest.mark.parametrize("codec", ["auto", "raw", "zstd"])
+@pytest.mark.parametrize("codec", ["auto", "raw", "zstd", "packed"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_round_trip(shape, codec):
     for sigma in SIGMAS:
@@ -100,7 +100,7 @@ def test_round_trip_property(rows, cols, slab_cols, low, high, seed):
     assert torch.equal(dcext.decode(payload), qweight)
 
 
-@pytest.mark.parametrize("codec", ["raw", "zstd"])
+@pytest.mark.parametrize("codec", ["raw", "zstd", "packed"])
 @pytest.mark.parametrize("slab_cols", [None, 64, 100])
 def test_partial_decode(codec, slab_cols):
     qweight = gaussian(700, 513, 3.0)

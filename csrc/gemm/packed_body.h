@@ -12,6 +12,7 @@
 // memory: 4 bits 30 of 31 GB/s, 5 bits 25. Beyond a few tokens it is the dot products, as for raw weights.
 
 constexpr int64_t kPrefetchCodes = 4096;  // bytes ahead; less was slower from memory
+constexpr int64_t kMostSummed = 1024;  // exceptions of a block whose running sums are kept: 4 KiB
 
 // Chains of sums, so that a product need not wait for the one before it.
 constexpr int packed_chains(int tokens) { return tokens == 1 ? 4 : tokens <= 4 ? 2 : 1; }
@@ -46,31 +47,65 @@ inline void packed_rows(const typename PackedDot::template Lookup<kWidth>& looku
   });
 }
 
-// What the exceptions [begin, end) of one row add to its sums with kTokens tokens from token m on.
+// What the exceptions from `first` on, those of row r to ends[r], add to the sums of kTokens tokens. Running sums, of
+// which rows are differences: a loop for each row would mispredict its end, which costs more than five exceptions.
 template <int kTokens>
-inline void add_row_exceptions(const PackedTile& tile, int64_t begin, int64_t end,
-                               const PackedInput& input, int64_t m, int32_t* acc) {
-  int32_t sums[kTokens] = {};
+inline void add_few_exceptions(const PackedTile& tile, int64_t first, const int64_t* ends,
+                               int64_t rows, const PackedInput& input, int64_t m, int32_t* acc) {
+  uint32_t running[kMostSummed + 1][kTokens];
+  uint32_t sum[kTokens] = {};
+  const int64_t count = ends[rows - 1] - first;
   const int8_t* x = input.x + m * input.ld;
-  for (int64_t i = begin; i < end; ++i) {
-    const int32_t missing = int32_t{tile.values[i]} - tile.table[0];
-    const int8_t* column = x + tile.column(i);
-    for (int t = 0; t < kTokens; ++t) sums[t] += missing * column[t * input.ld];
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t missing = int32_t{tile.values[first + i]} - tile.table[0];
+    const int8_t* column = x + tile.column(first + i);
+    for (int t = 0; t < kTokens; ++t) {
+      running[i][t] = sum[t];
+      sum[t] += static_cast<uint32_t>(missing * column[t * input.ld]);
+    }
   }
-  for (int t = 0; t < kTokens; ++t) acc[(m + t) * tile.rows] += sums[t];
+  std::memcpy(running[count], sum, sizeof(sum));
+  for (int t = 0; t < kTokens; ++t) {
+    int32_t* out = acc + (m + t) * tile.rows;
+    uint32_t before = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint32_t behind = running[ends[r] - first][t];
+      out[r] = static_cast<int32_t>(static_cast<uint32_t>(out[r]) + behind - before);
+      before = behind;
+    }
+  }
 }
 
-// The same for the rows of one block; `at` is the first exception of its first row and becomes that of the next block.
-inline void add_exceptions(const PackedTile& tile, int64_t first_row, int64_t rows, int64_t* at,
-                           const PackedInput& input, int64_t tokens, int32_t* acc) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t begin = *at, end = begin + tile.row_exceptions(first_row + r);
-    *at = end;
-    if (begin == end) continue;
-    int64_t m = 0;
-    for (; m + 4 <= tokens; m += 4) add_row_exceptions<4>(tile, begin, end, input, m, acc + r);
-    for (; m < tokens; ++m) add_row_exceptions<1>(tile, begin, end, input, m, acc + r);
+// The same for one row with any number of exceptions.
+inline void add_row_exceptions(const PackedTile& tile, int64_t begin, int64_t end,
+                               const PackedInput& input, int64_t tokens, int32_t* acc) {
+  for (int64_t m = 0; m < tokens; ++m) {
+    uint32_t sum = static_cast<uint32_t>(acc[m * tile.rows]);
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t missing = int32_t{tile.values[i]} - tile.table[0];
+      sum += static_cast<uint32_t>(missing * input.x[m * input.ld + tile.column(i)]);
+    }
+    acc[m * tile.rows] = static_cast<int32_t>(sum);
   }
+}
+
+// Adds the exceptions of one block, from `first` on. Returns the first of the next block.
+inline int64_t add_exceptions(const PackedTile& tile, int64_t first_row, int64_t rows,
+                              int64_t first, const PackedInput& input, int64_t tokens,
+                              int32_t* acc) {
+  int64_t ends[kBlockRows], end = first;
+  for (int64_t r = 0; r < rows; ++r) ends[r] = end += tile.row_exceptions(first_row + r);
+  if (first == end) return end;
+  if (end - first > kMostSummed) {
+    for (int64_t r = 0; r < rows; ++r) {
+      add_row_exceptions(tile, r == 0 ? first : ends[r - 1], ends[r], input, tokens, acc + r);
+    }
+    return end;
+  }
+  int64_t m = 0;
+  for (; m + 4 <= tokens; m += 4) add_few_exceptions<4>(tile, first, ends, rows, input, m, acc);
+  for (; m < tokens; ++m) add_few_exceptions<1>(tile, first, ends, rows, input, m, acc);
+  return end;
 }
 
 template <int kWidth>
@@ -111,7 +146,7 @@ struct PackedPanel {
       for (; m + 2 <= tokens; m += 2) multiply_block<2>(b, rows, m, acc + row);
       if (m < tokens) multiply_block<1>(b, rows, m, acc + row);
       if (tile.num_exceptions != 0) {
-        add_exceptions(tile, row, rows, &exception, input, tokens, acc + row);
+        exception = add_exceptions(tile, row, rows, exception, input, tokens, acc + row);
       }
     }
   }

@@ -62,7 +62,10 @@ def compress(
             help="Recipe int8: one scale per output row (most accurate) or per tensor (smaller)."
         ),
     ] = "",
-    codec: Annotated[str, typer.Option(help="auto, raw, zstd or packed.")] = "auto",
+    codec: Annotated[
+        str,
+        typer.Option(help="auto, raw, zstd (smallest) or packed (fast at one token at a time)."),
+    ] = "auto",
     level: Annotated[
         int | None, typer.Option(help="Zstandard level 1 to 22; the default codes literals only.")
     ] = None,

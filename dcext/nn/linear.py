@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dcext import ops  # noqa: F401  (registers linear)
 from dcext.codec import encode
 from dcext.config import ACTIVATIONS
 from dcext.nn.compressed import CompressedModule
 from dcext.quantize import quantize_absmax
+
+_linear = torch.ops.dcext.linear.default
 
 
 class DCLinear(CompressedModule):
@@ -19,8 +22,8 @@ class DCLinear(CompressedModule):
 
     With ``activations="int8"`` each token is quantized to int8 first (W8A8; int32 sums, exact); with ``"none"`` it is
     not (W8A16; float32 sums in a fixed order). Outputs are the same bits for every codec, number of threads and
-    instruction set. Panels of weights are decoded into the L2 cache and multiplied there, so memory carries the stored
-    bytes only. Runs on the CPU.
+    instruction set. Panels of weights are decoded into the L2 cache and multiplied there, packed ones with up to 16
+    tokens straight from their codes, so memory carries the stored bytes only. Runs on the CPU.
 
     Make one with ``from_float`` or ``from_qweight``.
     """
@@ -158,13 +161,15 @@ class DCLinear(CompressedModule):
         Returns:
             ``(..., out_features)``, dtype of ``x``. A token with NaN or infinity gives NaN (W8A8).
         """
-        y = torch.ops.dcext.linear(
-            x, self.payload, self.row_scale, self.col_scale, self.bias, self.activations
-        )
-        if self.outlier_index is None or self.outlier_weight is None:
+        # Looking buffers up as attributes takes as long as a small layer's product.
+        own = self._buffers
+        scales = (own["row_scale"], own["col_scale"])
+        y = _linear(x, own["payload"], *scales, own["bias"], self.activations)
+        index, weight = own["outlier_index"], own["outlier_weight"]
+        if index is None or weight is None:
             return y
-        columns = x.index_select(-1, self.outlier_index).float()
-        return y + (columns @ self.outlier_weight.float().t()).to(y.dtype)
+        columns = x.index_select(-1, index).float()
+        return y + (columns @ weight.float().t()).to(y.dtype)
 
     @property
     def stored_nbytes(self) -> int:

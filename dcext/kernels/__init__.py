@@ -1,0 +1,1 @@
+"""Triton kernels. Importing ``dcext`` does not import them, nor triton."""
