@@ -290,7 +290,7 @@ def test_statistics_without_moment():
     [
         ({"recipe": "none"}, "recipe: expected 'rate' or .* or 'int8', got 'none'"),
         ({"granularity": "column"}, "granularity: expected 'row' or 'tensor', got 'column'"),
-        ({"codec": "lz4"}, "codec: expected 'auto' or 'raw' or 'zstd', got 'lz4'"),
+        ({"codec": "lz4"}, "codec: expected 'auto' or 'raw' or 'zstd' or 'packed', got 'lz4'"),
         ({"activations": "int4"}, "activations: expected 'int8' or 'none', got 'int4'"),
         ({"level": 3}, "level: expected None, or 1..22 with codec 'zstd', got 3 with codec 'auto'"),
         ({"level": 23, "codec": "zstd"}, "level: expected None, or 1..22 .*, got 23"),
