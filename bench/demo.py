@@ -32,10 +32,10 @@ NEW_TOKENS = 32
 ROWS: dict[str, list[str] | None] = {
     "float32": None,
     "INT8 raw, per row": ["--recipe", "int8", "--codec", "raw"],
-    "dcext int8, per tensor": ["--recipe", "int8", "--granularity", "tensor"],
-    "dcext rate, ratio 2.2": ["--ratio", "2.2"],
+    "dcext rate, zstd": ["--ratio", "2.2"],
+    "dcext rate, packed": ["--codec", "packed"],
 }
-ANSWERS = "dcext rate, ratio 2.2"
+ANSWERS = "dcext rate, packed"
 PROMPT = "Explain in one sentence why the sky is blue."
 
 
