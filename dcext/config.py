@@ -12,7 +12,8 @@ RECIPES = ("rate", "paper", "data-free", "int8")
 GRANULARITIES = ("row", "tensor")
 ACTIVATIONS = ("int8", "none")
 DEFAULT_RATIO = 2.2
-# At which recipe "rate" loses as much packed as entropy-coded at DEFAULT_RATIO: see the table in README.md.
+# Where recipe "rate" should lose as much packed as entropy-coded at DEFAULT_RATIO. Extrapolated from a divergence of
+# 0.0895 nats per token, measured on SmolLM2-135M at 4.152 bits; entropy-coded it is 0.084.
 DEFAULT_PACKED_BITS = 4.2
 CALIBRATED = ("rate", "paper")
 
