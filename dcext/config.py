@@ -14,7 +14,7 @@ ACTIVATIONS = ("int8", "none")
 DEFAULT_RATIO = 2.2
 # Where recipe "rate" should lose as much packed as entropy-coded at DEFAULT_RATIO. Extrapolated from a divergence of
 # 0.0895 nats per token, measured on SmolLM2-135M at 4.152 bits; entropy-coded it is 0.084.
-DEFAULT_PACKED_BITS = 4.2
+DEFAULT_PACKED_BITS = 4.25
 CALIBRATED = ("rate", "paper")
 
 
@@ -30,7 +30,7 @@ class CompressionConfig:
         target_bits: of ``"rate"`` and ``"data-free"``: stored bits per weight of the layers that they quantize, every
             byte counted.
         target_ratio: the same as a ratio over INT8, ``8 / target_bits``. Where no target is given, 2.2; for ``"rate"`` with codec
-            ``"packed"`` 4.2 bits, which lose as little.
+            ``"packed"`` 4.25 bits, which lose as little.
         target_nbytes: the same as a size of all tensors of the model.
         alpha: of ``"paper"``: exponent of the scaling, or ``"model"`` or ``"layer"`` to search 0, 0.1 .. 1.
         sparsity: of ``"paper"``: share of the weights that are zero after pruning.

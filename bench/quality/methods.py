@@ -17,6 +17,7 @@ from quality.peers import Peers, peer_rows
 ALPHAS = (0.0, 0.25, 0.5, 0.75)
 SPARSITIES = (0.0, 0.3)
 RATE_BITS = (2.5, 3.0, 3.64, 4.0, 5.0)
+RATE_PACKED_BITS = (3.5, 4.25)
 DATA_FREE_BITS = (3.0, 4.0, 5.0)
 BOTH = ("none", "int8")
 
@@ -91,6 +92,10 @@ def _dcext_methods() -> list[Method]:
     for bits in RATE_BITS:
         apply = _dcext(recipe="rate", calibrated=True, target_bits=bits)
         methods.append(Method(f"rate, {bits:g} bits", "rate", apply, activations=BOTH))
+    for bits in RATE_PACKED_BITS:
+        apply = _dcext(recipe="rate", codec="packed", calibrated=True, target_bits=bits)
+        name = f"rate packed, {bits:g} bits"
+        methods.append(Method(name, "rate packed", apply, activations=BOTH))
     return methods
 
 

@@ -11,11 +11,12 @@ from quality.results import Row
 # Series -> colour, marker. Filled and solid: float activations; hollow and dashed: int8.
 CURVES = {
     "rate": ("tab:red", "o"),
+    "rate packed": ("tab:pink", "h"),
     "data-free": ("tab:orange", "s"),
     "paper": ("tab:purple", "^"),
     "INT8": ("tab:brown", "D"),
 }
-JOINED = ("rate", "data-free")
+JOINED = ("rate", "rate packed", "data-free")
 PEERS = {
     "torchao": ("tab:blue", "P"),
     "NF4": ("tab:cyan", "X"),
