@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +23,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "third_party"))
 
+import watch
 from hardware import ROOT, hardware
+from watch import BUSY, Watch
 
 SMOKE = os.environ.get("DCEXT_BENCH_SMOKE") == "1"
 OUTPUT = os.environ.get("DCEXT_BENCH_OUTPUT")
-BUSY = 0.05  # share of all CPU time, taken by others, from which a row is marked
 
 # A ratio that a benchmark file wants shown by itself: what, in which case, the ratio, the least that is wanted (or 0).
 Figure = tuple[str, str, float, float]
@@ -44,38 +43,10 @@ def gaussian(rows: int, cols: int, sigma: float, seed: int) -> torch.Tensor:
     return noise.round_().clamp_(-127, 127).to(torch.int8)
 
 
-class Watch:
-    """The share of the machine's CPU time that other processes took since its creation; 0 where unknown."""
-
-    def __init__(self) -> None:
-        self.before = self._read()
-
-    @staticmethod
-    def _read() -> tuple[float, float, float]:
-        """Seconds since boot of all CPUs: passed and not idle; and those of this process."""
-        own = resource.getrusage(resource.RUSAGE_SELF)
-        try:
-            fields = [int(f) for f in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        except (OSError, ValueError):
-            return 0.0, 0.0, 0.0
-        tick = os.sysconf("SC_CLK_TCK")
-        idle = fields[3] + fields[4]
-        return sum(fields) / tick, (sum(fields) - idle) / tick, own.ru_utime + own.ru_stime
-
-    def others(self) -> float:
-        passed, busy, own = (b - a for a, b in zip(self.before, self._read(), strict=True))
-        return max(0.0, busy - own) / passed if passed > 0.1 else 0.0  # ticks are coarse
-
-
 def wait_until_quiet() -> None:
     """Returns when others let the CPUs idle, or when the patience of this run is used up."""
-    while not SMOKE and patience[0] > 0:
-        watch, start = Watch(), time.perf_counter()
-        time.sleep(0.1)
-        if watch.others() < BUSY:
-            return
-        time.sleep(0.4)
-        patience[0] -= time.perf_counter() - start
+    if not SMOKE:
+        patience[0] = watch.wait_until_quiet(patience[0])
 
 
 class Timer:
@@ -113,10 +84,10 @@ class Timer:
 
         rounds = 1 if SMOKE else max(rounds, len(functions))
         wait_until_quiet()
-        watch = Watch()
+        machine = Watch()
         self.benchmark.pedantic(rotate, rounds=rounds, warmup_rounds=0 if SMOKE else 3)
         self.benchmark.extra_info.update(
-            question=question, case=case, row=row, nbytes=nbytes, others=watch.others(), **extra
+            question=question, case=case, row=row, nbytes=nbytes, others=machine.others(), **extra
         )
 
 

@@ -36,3 +36,10 @@ def hardware() -> dict[str, Any]:
         f"commit {commit or 'unknown'}",
     ]
     return {**machine, **build, "gpu": gpu, "commit": commit, "line": " · ".join(parts)}
+
+
+def hardware_line(*measured: str) -> str:
+    """The line, with a remark if what is measured (paths) differs from the commit that it names."""
+    command = ["git", "status", "--porcelain", "--", *measured]
+    changed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False).stdout
+    return hardware()["line"] + (" with uncommitted changes" if changed else "")

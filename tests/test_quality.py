@@ -161,7 +161,7 @@ WORST_ERROR = {"torchao-int8": 0.01, "torchao-int4": 0.1, "nf4": 0.1, "nf4-doubl
 WORST_HQQ = {4: 0.1, 3: 0.2, 2: 0.46}
 
 
-@pytest.mark.skipif(not peers.environment_is_ready(), reason="requires .venv-peers (make quality)")
+@pytest.mark.skipif(not peers.ENVIRONMENT.is_ready(), reason="requires .venv-peers (make quality)")
 def test_peers_decode_what_they_stored(subject, tmp_path):
     runner = peers.Peers(tmp_path)
     linears = subject.linears()

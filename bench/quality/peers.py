@@ -1,36 +1,27 @@
 """Other quantizers at their own bit counts, run in an environment of their own.
 
 Installed beside transformers they change what it imports and prints, and llmcompressor wants an older one; so they
-live in ``.venv-peers``, which borrows torch from the environment that runs this and adds the versions pinned below.
+live in ``.venv-peers``, which borrows torch and adds the versions pinned below.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-import sysconfig
-import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from environments import Environment
 from safetensors import safe_open
 from torch import Tensor
 
 from quality.models import Subject, write_float_model
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = ROOT / ".venv-peers"
-WORKER = Path(__file__).with_name("peer_worker.py")
-REQUIREMENTS = (
-    "torchao==0.18.0",
-    "hqq==0.2.8.post1",
-    "bitsandbytes==0.50.2",
-    "llmcompressor==0.14.0.1",
+ENVIRONMENT = Environment(
+    ".venv-peers",
+    ("torchao==0.18.0", "hqq==0.2.8.post1", "bitsandbytes==0.50.2", "llmcompressor==0.14.0.1"),
 )
+WORKER = Path(__file__).with_name("peer_worker.py")
 
 
 @dataclass(frozen=True)
@@ -73,36 +64,8 @@ def peer_rows(subject: Subject) -> list[PeerRow]:
     ]
 
 
-def environment_is_ready() -> bool:
-    """Whether ``.venv-peers`` holds the pinned versions and borrows from this very environment."""
-    stamp = ENVIRONMENT / "stamp"
-    return stamp.is_file() and stamp.read_text() == _stamp()
-
-
-def make_environment() -> None:
-    """Creates ``.venv-peers`` unless it is ready; this environment's torch is used and not replaced.
-
-    Raises:
-        RuntimeError: pip failed; the message is its last line.
-    """
-    if environment_is_ready():
-        return
-    print(f"installing {', '.join(REQUIREMENTS)} into {ENVIRONMENT.name}", file=sys.stderr)
-    if ENVIRONMENT.exists():
-        shutil.rmtree(ENVIRONMENT)
-    subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-    (site,) = ENVIRONMENT.glob("lib/python*/site-packages")
-    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    constraints = ENVIRONMENT / "constraints.txt"
-    constraints.write_text(f"torch=={version('torch').partition('+')[0]}\n")
-    command = [str(ENVIRONMENT / "bin/python"), "-m", "pip", "install", "-q"]
-    command += ["--disable-pip-version-check", "-c", str(constraints), *REQUIREMENTS]
-    _run(command, ENVIRONMENT)
-    (ENVIRONMENT / "stamp").write_text(_stamp())
-
-
 class Peers:
-    """Runs peers in the environment that ``make_environment`` made; keeps one subject's float model on disk for them."""
+    """Runs peers in ``ENVIRONMENT``, which must be there; keeps one subject's float model on disk for them."""
 
     def __init__(self, scratch: Path) -> None:
         """Args: scratch: an empty folder, for float models and results."""
@@ -126,8 +89,8 @@ class Peers:
             folder.mkdir()
             write_float_model(subject, folder)
             self.subject = subject
-        command = [str(ENVIRONMENT / "bin/python"), str(WORKER), str(folder), "--peer", peer]
-        _run([*command, "--bits", str(bits), "--group-size", str(group_size)], folder)
+        command = [str(WORKER), str(folder), "--peer", peer, "--bits", str(bits)]
+        ENVIRONMENT.python(*command, "--group-size", str(group_size), folder=folder)
         result = folder / "weights.safetensors"
         with safe_open(result, "pt") as file:
             nbytes = int(file.metadata()["stored_nbytes"])
@@ -141,21 +104,3 @@ def _group_size(widths: set[int], choices: tuple[int, ...]) -> int:
         if all(width % size == 0 for width in widths):
             return size
     raise ValueError(f"peers: widths {sorted(widths)}: expected multiples of one of {choices}")
-
-
-def _stamp() -> str:
-    lines = [*REQUIREMENTS, f"torch=={version('torch')}", sysconfig.get_path("purelib")]
-    return "\n".join(lines) + "\n"
-
-
-def _run(command: list[str], folder: Path) -> None:
-    """Runs a process in ``folder`` with its output in a file; raises its last line if it fails."""
-    with tempfile.TemporaryFile("w+") as log:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        result = subprocess.run(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, check=False
-        )
-        log.seek(0)
-        lines = log.read().strip().splitlines() or ["no output"]
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(command[1:])}: exit code {result.returncode}: {lines[-1]}")

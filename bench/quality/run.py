@@ -25,14 +25,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hardware import ROOT, hardware
+from hardware import ROOT, hardware_line
 
 from quality.measure import CachedReference, divergence
 from quality.methods import Method, all_methods, dcext_layers, timed
 from quality.models import NAMES, RANDOM, Sizes, Subject, load_subject
-from quality.peers import Peers, make_environment
+from quality.peers import ENVIRONMENT, Peers
 from quality.plot import draw
-from quality.results import Results, Row, key_of, show, uncommitted
+from quality.results import Results, Row, key_of, show
 
 SMOKE_SIZES = Sizes(evaluation=256, calibration=1024, context=64)
 FORMS = {"none": "", "int8": ", int8 activations"}
@@ -45,7 +45,7 @@ class Run:
         """Args: results: where rows go; rows that are there already are not measured again."""
         self.results = results
         self.failed: list[str] = []
-        self.hardware = hardware()["line"] + (" with uncommitted changes" if uncommitted() else "")
+        self.hardware = hardware_line("csrc", "dcext", "bench/quality")
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -174,7 +174,7 @@ def run(arguments: argparse.Namespace, output: Path, scratch: Path) -> list[str]
             chosen = {method.name for method in selected}
             measuring.results.drop({key for key in keys if key[1] in chosen})
         if any(method.is_peer for method in selected):
-            make_environment()
+            ENVIRONMENT.make()
         with measuring.progress:
             measuring.measure(subject, selected)
         rows = [measuring.results.rows[key] for key in keys if key in measuring.results.rows]
