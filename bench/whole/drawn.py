@@ -12,8 +12,11 @@ LAYER_SIGMA = (
     3.017  # of rounded normal integers: 3.64 bits of entropy, as layers have at a ratio of 2.2
 )
 EMBEDDING_SIGMA = 25.2  # 6.7 bits, as INT8 per row leaves of an embedding
-# What a code of fixed width wants: 16 levels, denser in the middle, 3.6 bits, and a few integers between them.
+# What recipe rate makes for codec packed: 16 levels, denser in the middle, and a few integers between them; in some
+# panels, which matter more, 32 levels.
 LEVELS = (-23, -17, -13, -10, -7, -5, -3, -1, 1, 3, 5, 7, 10, 13, 17, 23)
+FINE_LEVELS = tuple(range(-31, 32, 2))
+FINE_SHARE = 0.15
 LEVELS_SIGMA = 8.5
 OTHERS_SHARE = 0.002
 POOL_SIZE, PIECE = 1 << 24, 1 << 20
@@ -48,14 +51,19 @@ def normal(size: int, sigma: float, generator: torch.Generator) -> Tensor:
 
 
 def levels(size: int, generator: torch.Generator) -> Tensor:
-    """Integers for codes of fixed width, int8: the nearest of ``LEVELS`` to a normal variable, but for a few.
+    """Integers for codes of fixed width, int8: the nearest level to a normal variable, but for a few.
 
-    A share of ``OTHERS_SHARE``, at random places, is uniform over int8 instead: what such a code keeps as exceptions.
+    The last ``FINE_SHARE`` of them have ``FINE_LEVELS``, the others ``LEVELS``. A share of ``OTHERS_SHARE``, at random
+    places, is uniform over int8 instead: what such a code keeps as exceptions.
     """
-    alphabet = torch.tensor(LEVELS)
-    borders = (alphabet[1:] + alphabet[:-1]) / 2
     noise = torch.randn(size, generator=generator) * LEVELS_SIGMA
-    q = alphabet.to(torch.int8)[torch.bucketize(noise, borders)]
+    parts = []
+    fine = int(FINE_SHARE * size)
+    for part, of_part in zip(noise.split([size - fine, fine]), (LEVELS, FINE_LEVELS), strict=True):
+        alphabet = torch.tensor(of_part)
+        borders = (alphabet[1:] + alphabet[:-1]) / 2
+        parts.append(alphabet.to(torch.int8)[torch.bucketize(part, borders)])
+    q = torch.cat(parts)
     places = torch.randint(size, (int(OTHERS_SHARE * size),), generator=generator)
     others = torch.randint(-127, 128, places.shape, generator=generator)
     q[places] = others.to(torch.int8)
