@@ -21,7 +21,7 @@ BUILD_KEY := $(TORCH) $(DCEXT_CUDA) $(DCEXT_ZSTD_DIR) $(DCEXT_XXHASH_DIR) $(TORC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest lint format build bench quality zeroshot clean distclean
+.PHONY: help demo test pytest lint format build bench generation quality zeroshot clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "%-10s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ bench: build  ## all benchmarks, with their hardware line
 	    --benchmark-enable --benchmark-disable-gc --benchmark-quiet $$script || exit 1; \
 	done
 
+generation: build  ## whole models at batch 1, beside llama.cpp, which is built first (an hour on two cores)
+	@$(PY) bench/generation.py
+
 quality: build  ## perplexity and divergence over bits per weight, beside peers (hours on two cores)
 	@$(PY) bench/quality/run.py
 
@@ -78,7 +81,7 @@ clean:  ## remove what was built
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## and the environment; downloads stay in the cache
-	rm -rf $(VENV) .venv-peers
+	rm -rf $(VENV) .venv-peers .venv-llama
 
 ifneq ($(origin TORCH),file)
 .PHONY: $(VENV)/stamp-env

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rowfile import Row, RowFile
 from whole import llama_files
-from whole.cases import DRAWN, SMOLLM2, TINY, Case, drawn_cases, prepare, smollm2_cases
+from whole.cases import DRAWN, SMOLLM2, Case, drawn_cases, prepare, smoke_cases, smollm2_cases
 from whole.tables import ratios, show
 
 import fetch
@@ -178,7 +178,7 @@ def tokens_of(row: Row) -> list[list[int]]:
 
 def select(arguments: argparse.Namespace) -> list[Case]:
     """The cases that were asked for and that this build can run."""
-    cases = drawn_cases(TINY) if arguments.smoke else [*drawn_cases(DRAWN), *smollm2_cases()]
+    cases = smoke_cases() if arguments.smoke else [*drawn_cases(DRAWN), *smollm2_cases()]
     cases = [case for case in cases if arguments.rows.search(f"{case.model}: {case.name}")]
     left_out = [case for case in cases if case.codec not in (None, *CODECS)]
     if left_out:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 WEIGHT_STD = 0.02  # transformers' initializer_range: activations stay finite
-LAYER_SIGMA = (
-    3.017  # of rounded normal integers: 3.64 bits of entropy, as layers have at a ratio of 2.2
-)
+# Of rounded normal integers: 3.64 bits of entropy, as layers have at a ratio of 2.2.
+LAYER_SIGMA = 3.017
 EMBEDDING_SIGMA = 25.2  # 6.7 bits, as INT8 per row leaves of an embedding
 # What recipe rate makes for codec packed: 16 levels, denser in the middle, and a few integers between them; in some
 # panels, which matter more, 32 levels.

@@ -2,7 +2,7 @@
 
     python torch_worker.py JOB.json
 
-A job has ``source``: ``{"shape", "integers", "codec"}`` for a drawn model, ``{"folder"}`` for one of dcext,
+A job has ``source``: ``{"shape", "integers", "codec", "dtype"}`` for a drawn model, ``{"folder"}`` for one of dcext,
 ``{"gguf", "dtype"}`` for a float one; what ``timing.speeds`` reads; ``compiled``: whether torch.compile makes the steps;
 ``evaluation``: token ids for perplexity, maybe none, in windows of ``context``; ``split``: whether to tell where the
 time of a token goes.
@@ -73,7 +73,8 @@ class TorchEngine:
 def load(source: dict[str, Any]) -> Any:
     """The model that a job names."""
     if "shape" in source:
-        return drawn_model(source["shape"], source["integers"], source["codec"])
+        model = drawn_model(source["shape"], source["integers"], source["codec"])
+        return model.to(getattr(torch, source["dtype"]))
     if "folder" in source:
         return dcext.from_pretrained(source["folder"])
     from dcext.hub import load_float_model
@@ -89,11 +90,11 @@ def num_weights(model: Any) -> int:
 
 
 def digest(model: Any) -> str | None:
-    """A hash of all integers and scales, the same whatever codec holds them; None for a float model."""
+    """A hash of integers, scales and dtypes, the same whatever codec holds them; None for a float model."""
     hashed = xxhash.xxh3_64()
     modules = compressed_modules(model)
     for name, module in modules.items():
-        hashed.update(name.encode())
+        hashed.update(f"{name} {module.dtype}".encode())
         hashed.update(module.qweight().numpy().data)
         for key, buffer in module.named_buffers():
             if key != "payload":
