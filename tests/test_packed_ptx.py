@@ -28,7 +28,13 @@ pytestmark = pytest.mark.skipif(
 ARCHITECTURES = (80, 90, 100, 120)
 MAX_SHARED_BYTES = 99 * 1024  # of a block on sm_86, 89 and 120, which have least
 MAX_SPILLED_BYTES = 32
-INTEGER_MMA = r"(wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8|mma\.sync\.aligned\.m16n8k32\.\S*s8\.s8)"
+INTEGER_MMA = "|".join(
+    [
+        r"mma\.sync\.aligned\.m16n8k32\.\S*s8\.s8",
+        r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
+        r"tcgen05\.mma\S*kind::i8",  # of sm_100, since triton 3.9
+    ]
+)
 FLOAT_MMA = {
     80: r"mma\.sync\S*\.f32\.{0}\.{0}\.f32",
     90: r"wgmma\.mma_async\S*\.f32\.{0}\.{0}",
