@@ -142,7 +142,7 @@ def test_smoke(tmp_path):
     pytest.importorskip("matplotlib", reason="requires matplotlib")
     rows, result = smoke(tmp_path)
     methods = {(row["method"], row["activations"]) for row in rows}
-    assert len(methods) == len(rows) == 1 + 2 * (2 + 8 + 3 + 5)
+    assert len(methods) == len(rows) == 1 + 2 * (2 + 8 + 3 + 5 + 2)
     assert all(math.isfinite(row["perplexity"]) and row["kl_nats"] >= 0 for row in rows)
     assert "commit" in result.stdout
     assert (tmp_path / "quality.png").stat().st_size > 10_000
