@@ -39,7 +39,7 @@ bool check_packed(const PackedTile& tile);
 /** The width and table that serve a tile best.
  *
  *  The table holds the most frequent weights. The width is that of the fewest bytes, exceptions being charged
- *  kExceptionCharge each: a core adds one to a product in the time in which it reads about 18 bytes of codes, and size
+ *  kExceptionCharge each: a core adds one to a product in the time in which it reads about 25 bytes of codes, and size
  *  counts as well as time.
  *  @param counts   how often each weight occurs, indexed by its byte.
  *  @param table   receives kTableNbytes.
