@@ -1,15 +1,27 @@
 """What all tests share: the path of third_party/ and the real model and text, downloaded once."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from dcext import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "third_party"))
 
 import fetch  # noqa: E402
 import wiki_text  # noqa: E402
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this machine, selected."""
+    before = _C.selected_isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
 
 
 @pytest.fixture(scope="session")

@@ -26,14 +26,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = _C.selected_isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
 def random_layer(
     in_features, out_features, *, codec="auto", activations="int8", bias=True, sigma=20.0
 ):

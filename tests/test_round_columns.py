@@ -27,14 +27,6 @@ ROWS = [1, 31, 32, 33, 200]
 COLS = [1, 5, 64]
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = _C.selected_isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
 def exact_case(rows: int, cols: int, *, pull: torch.Tensor, seed: int, spread: int = 400) -> dict:
     """Arguments of ``round_columns_`` for which float32 is exact; one weight in eight is a tie or
     on a threshold.
