@@ -8,7 +8,6 @@ namespace dcext {
 namespace {
 
 constexpr int kQuad = 4;  // columns of one vector of a group
-constexpr double kRawThreshold = 0.98;
 
 // Where a code's bits lie: `bits` of them from `shift` on in byte 4r + c of piece `piece`; they are the code's from
 // `to` on.
@@ -103,6 +102,8 @@ bool counts_add_up(const PackedTile& tile) {
 }
 
 bool check_packed(const PackedTile& tile) {
+  const int8_t* unused = tile.table + (1 << tile.width);
+  if (std::any_of(unused, tile.table + kTableNbytes, [](int8_t w) { return w != 0; })) return false;
   if (!counts_add_up(tile)) return false;
   int64_t at = 0;
   for (int64_t row = 0; at < tile.num_exceptions; ++row) {

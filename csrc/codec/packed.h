@@ -32,9 +32,12 @@ PackedTile packed_tile(const PayloadView& view, int64_t index);
  *  chunk. Cheap; layers ask each time. */
 bool counts_add_up(const PackedTile& tile);
 
-/** Whether a chunk is as a writer may have written it: numbers of exceptions, columns in range and ascending, code 0
- *  where an exception stands. */
+/** Whether a chunk is as a writer may have written it: zeros behind the table, numbers of exceptions, columns in range
+ *  and ascending, code 0 where an exception stands. */
 bool check_packed(const PackedTile& tile);
+
+/** A tile or matrix that shrinks to more than this share is stored raw. */
+constexpr double kRawThreshold = 0.98;
 
 /** The width and table that serve a tile best.
  *

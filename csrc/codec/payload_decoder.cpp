@@ -114,7 +114,7 @@ Failure verify_chunk(const PayloadView& view, int64_t index) {
   if (view.chunk(index).encoding != Encoding::kPacked || check_packed(packed_tile(view, index))) {
     return {};
   }
-  return Failure{Status::kCorrupt, "exceptions", index, 0, 0};
+  return Failure{Status::kCorrupt, "table or exceptions", index, 0, 0};
 }
 
 Failure decode_region(const PayloadView& view, const Region& region, Verify verify, int8_t* dst,

@@ -17,7 +17,6 @@ namespace {
 // Decoded weights per nanosecond and core on tiles of 3.6 bits, of one AVX-512 server. Only their ratios matter.
 constexpr double kLiteralsSpeed = 2.8, kLevel3Speed = 0.9, kLevel19Speed = 2.4;
 constexpr double kSizePerSlowdown = 0.1;  // twice the decode time is worth a tenth of the size
-constexpr double kRawThreshold = 0.98;    // a tile or matrix that shrinks by less is stored raw
 constexpr double kPairsCharge = 0.999;    // pairs decode faster: worth a thousandth of the size
 constexpr double kEstimateMargin = 1.01;  // a filter whose lower bound is this far off is not tried
 
