@@ -16,7 +16,7 @@ from test_calibrate import JobInterruptedError, assert_same, calibration, wide_l
 import dcext
 from dcext.config import DEFAULT_PACKED_BITS
 from dcext.quantize.control import RateController
-from dcext.quantize.cost import PackedCost
+from dcext.quantize.cost import PACKED_COST
 from dcext.quantize.feedback import BIT_PRICE, round_with_feedback
 from dcext.quantize.output_moment import ROW_BLOCK, row_factor
 from dcext.quantize.packed_rate import (
@@ -386,7 +386,7 @@ def test_default_size():
 @pytest.mark.parametrize("bits", [1.9, MOST_PACKED_BITS + 0.1])
 def test_sizes_out_of_reach_are_refused(bits):
     with pytest.raises(ValueError, match=r"target_bits: expected 2\.1 to 6\.0"):
-        RateController({}, bits, PackedCost.limits)
+        RateController({}, bits, PACKED_COST.limits)
 
 
 @pytest.mark.parametrize("bits", [3.4, 4.2])

@@ -28,9 +28,9 @@ from dcext.quantize.quantized import QuantizedWeight, to_bfloat16_values
 from dcext.quantize.rate import (
     HEADROOM,
     OUTLIER_STEPS,
+    Scales,
     WeightSample,
-    absorbed,
-    fit_row_scale,
+    fit_scales,
 )
 from dcext.quantize.refine import refine
 
@@ -274,19 +274,13 @@ class PackedForecast:
 
 
 @dataclass
-class PackedPlan:
-    """How a group of layers that read the same input is rounded, for packed payloads.
+class PackedPlan(Scales):
+    """Scales, and the tables that weights are rounded to for packed payloads.
 
     Attributes:
-        row_scale: by layer, ``(N,)`` float32, values that bfloat16 holds.
-        col_scale: ``(K,)`` float32, values that bfloat16 holds, shared by the layers.
-        outliers: by layer, ascending indices of columns kept in bfloat16.
         nearest: by layer, ``(panels, BINS)`` int8.
     """
 
-    row_scale: dict[str, Tensor]
-    col_scale: Tensor
-    outliers: dict[str, Tensor]
     nearest: dict[str, Tensor]
 
 
@@ -384,11 +378,4 @@ def round_packed(
         inside, qweight, factor, by_row, row_scale, taken, tables, height, REFINING_SWEEPS
     )
     qweight[:, outliers] = 0
-    fitted = fit_row_scale(inside, qweight, col_scale, factor, row_scale, by_row)
-    if not len(outliers):
-        return QuantizedWeight(qweight, fitted, col_scale)
-    error = inside - qweight.float() * fitted[:, None] * col_scale
-    kept = weight[:, outliers] + absorbed(error, factor, outliers)
-    return QuantizedWeight(
-        qweight, fitted, col_scale, outliers.int(), kept.to(torch.bfloat16).contiguous()
-    )
+    return fit_scales(name, weight, qweight, factor, plan, by_row)

@@ -22,19 +22,28 @@ HEADROOM = 120  # largest level planned for; the rest up to 127 is for what erro
 
 
 @dataclass
-class Steps:
-    """How a group of layers that read the same input is rounded.
+class Scales:
+    """How a group of layers that read the same input is scaled before it is rounded.
 
     Attributes:
         row_scale: by layer, ``(N,)`` float32, values that bfloat16 holds.
         col_scale: ``(K,)`` float32, values that bfloat16 holds, shared by the layers.
         outliers: by layer, ascending indices of columns kept in bfloat16.
-        capped: columns whose step had to grow so that their largest weight fits.
     """
 
     row_scale: dict[str, Tensor]
     col_scale: Tensor
     outliers: dict[str, Tensor]
+
+
+@dataclass
+class Steps(Scales):
+    """Scales whose products are the steps of entropy-coded integers.
+
+    Attributes:
+        capped: columns whose step had to grow so that their largest weight fits.
+    """
+
     capped: int
 
 
@@ -113,17 +122,35 @@ def round_to_steps(
     taken = col_scale.index_fill(0, outliers, OUTSIDE_STEP)
     by_row = row_factor(moment, weight.shape[0])
     qweight = round_with_feedback(inside, factor, row_scale, taken, pull, by_row)
-    fitted = fit_row_scale(inside, qweight, col_scale, factor, row_scale, by_row)
+    return fit_scales(name, weight, qweight, factor, steps, by_row)
+
+
+def fit_scales(
+    name: str, weight: Tensor, qweight: Tensor, factor: Tensor, scales: Scales, by_row: Tensor
+) -> QuantizedWeight:
+    """Fits what is not rounded to integers that are: row scales, then outlier columns.
+
+    Args:
+        name: of the layer in ``scales``.
+        weight: ``(N, K)`` float32, what is approximated.
+        qweight: ``(N, K)`` int8, zero in outlier columns.
+        factor: ``(K, K)`` float64, lower Cholesky factor of the inputs' second moment.
+        scales: with which the layer was rounded.
+        by_row: from ``output_moment.row_factor``.
+    """
+    col_scale, outliers = scales.col_scale, scales.outliers[name].long()
+    inside = weight.index_fill(1, outliers, 0)
+    fitted = fit_row_scale(inside, qweight, col_scale, factor, scales.row_scale[name], by_row)
     if not len(outliers):
         return QuantizedWeight(qweight, fitted, col_scale)
     error = inside - qweight.float() * fitted[:, None] * col_scale
-    kept = weight[:, outliers] + absorbed(error, factor, outliers)
+    kept = weight[:, outliers] + _absorbed(error, factor, outliers)
     return QuantizedWeight(
         qweight, fitted, col_scale, outliers.int(), kept.to(torch.bfloat16).contiguous()
     )
 
 
-def absorbed(error: Tensor, factor: Tensor, columns: Tensor) -> Tensor:
+def _absorbed(error: Tensor, factor: Tensor, columns: Tensor) -> Tensor:
     """What to add to float columns so that they make up best for the errors of all others: ``E H_:O H_OO^-1``."""
     mine = factor[columns]
     cross = (error.double() @ factor) @ mine.t()
