@@ -17,7 +17,7 @@ TABLE_WIDTH = 190  # where stdout is not a terminal
 
 def speed_over(row: Row, rows: list[Row], baseline: str) -> list[float] | None:
     """How many times as fast as the row of that name each number of threads writes; None without it."""
-    (*found,) = (r for r in rows if (r["model"], r["name"]) == (row["model"], baseline))
+    found = [r for r in rows if (r["model"], r["name"]) == (row["model"], baseline)]
     if not found:
         return None
     pairs = zip(row["speeds"], found[0]["speeds"], strict=True)
