@@ -7,6 +7,7 @@
 #include <zstd.h>
 
 #include "ops_common.h"
+#include "ops_seek.h"
 #include "runtime/thread_pool.h"
 
 namespace py = pybind11;
@@ -66,6 +67,11 @@ void decode_into(const at::Tensor& payload, at::Tensor out, const std::array<int
              static_cast<Verify>(verify), out);
 }
 
+std::optional<at::Tensor> seek_index_released(const at::Tensor& payload, bool verify) {
+  const py::gil_scoped_release release;
+  return seek_index(payload, static_cast<Verify>(verify));
+}
+
 void set_num_threads(int num_threads) {
   TORCH_CHECK_VALUE(num_threads >= 1, "set_num_threads: expected at least 1, got ", num_threads);
   default_pool().resize(num_threads);
@@ -104,6 +110,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("verify_payload", &verify_payload, py::arg("payload"));
   m.def("decode_into", &decode_into, py::arg("payload"), py::arg("out"), py::arg("region"),
         py::arg("num_threads"), py::arg("verify"));
+  m.def("seek_index", &seek_index_released, py::arg("payload"), py::arg("verify"));
   m.def("empty_weights", &empty_weights, py::arg("nbytes"));
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
   m.def("get_num_threads", [] { return default_pool().num_threads(); });

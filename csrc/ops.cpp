@@ -3,6 +3,7 @@
 #include "ops_common.h"
 #include "ops_layers.h"
 #include "ops_quantize.h"
+#include "ops_seek.h"
 
 namespace dcext {
 namespace {
@@ -28,6 +29,9 @@ TORCH_LIBRARY(dcext, m) {
       "decode_out(Tensor payload, int row_begin, int row_end, int col_begin, int col_end, "
       "int num_threads, bool verify, Tensor(a!) out) -> ()");
   m.def(
+      "decode_indexed_(Tensor[] payloads, Tensor[] indices, Tensor(a!)[] outs, "
+      "Tensor(b!) failures) -> ()");
+  m.def(
       "linear(Tensor x, Tensor payload, Tensor row_scale, Tensor? col_scale, Tensor? bias, "
       "str activations) -> Tensor");
   m.def(
@@ -46,6 +50,7 @@ TORCH_LIBRARY(dcext, m) {
 TORCH_LIBRARY_IMPL(dcext, CPU, m) {
   m.impl("encode", &dcext::encode_op);
   m.impl("decode_out", &dcext::decode_out_op);
+  m.impl("decode_indexed_", &dcext::decode_indexed_cpu);
   m.impl("linear", &dcext::linear);
   m.impl("embedding", &dcext::embedding);
   m.impl("quantize_activations", &dcext::quantize_activations);

@@ -8,9 +8,11 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/decode_indexed.h"
 #include "cuda/dequantize_epilogue.h"
 #include "cuda/quantize_activations.h"
 #include "ops_common.h"
+#include "ops_seek.h"
 
 namespace dcext {
 namespace {
@@ -72,11 +74,28 @@ at::Tensor dequantize(const at::Tensor& acc, const at::Tensor& row_scale,
   return y;
 }
 
+void decode_indexed(at::TensorList payloads, at::TensorList indices, at::TensorList outs,
+                    at::Tensor failures) {
+  check_indexed(payloads, indices, outs, failures);
+  const c10::cuda::CUDAGuard guard(failures.device());
+  std::vector<DecodeJob> jobs;
+  jobs.reserve(payloads.size());
+  for (size_t i = 0; i < payloads.size(); ++i) {
+    const auto* blocks = reinterpret_cast<const SeekBlock*>(indices[i].const_data_ptr<uint8_t>());
+    jobs.push_back({decode_target(payloads[i], outs[i]), blocks, indices[i].size(0)});
+  }
+  check_launch("dcext::decode_indexed_",
+               launch_decode_indexed(jobs.data(), static_cast<int64_t>(jobs.size()),
+                                     failures.mutable_data_ptr<int32_t>(),
+                                     c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 }  // namespace dcext
 
 // The schemas are defined in ops.cpp.
 TORCH_LIBRARY_IMPL(dcext, CUDA, m) {
+  m.impl("decode_indexed_", &dcext::decode_indexed);
   m.impl("quantize_activations", &dcext::quantize_activations);
   m.impl("dequantize", &dcext::dequantize);
 }

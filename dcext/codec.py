@@ -76,6 +76,26 @@ def decode(
     return out
 
 
+def seek_index(payload: Tensor, *, verify: bool = True) -> Tensor | None:
+    """Finds where thousands of threads can start to decode a payload (``csrc/codec/seek_index.h``).
+
+    Takes about as long as decoding. The index is never stored: it is made from any payload when that is loaded.
+
+    Args:
+        payload: 1-D uint8, contiguous, on the CPU, of codec ``"raw"`` or ``"zstd"``.
+        verify: compare each chunk with its checksum first.
+
+    Returns:
+        ``(blocks, 448)`` uint8, a row for each 128 KiB of coded bytes; or None where a frame has matches, as those of
+        levels 1 to 22 may, which only ``decode`` can follow.
+
+    Raises:
+        FormatError: the payload is corrupt.
+        TypeError, ValueError: the payload is not as above.
+    """
+    return _C.seek_index(payload, verify)
+
+
 def payload_info(payload: Tensor) -> dict[str, Any]:
     """Describes a payload from its header and chunk table; the chunks are not read.
 

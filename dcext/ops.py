@@ -81,6 +81,11 @@ def _(
     return None
 
 
+@torch.library.register_fake("dcext::decode_indexed_")
+def _(payloads: list[Tensor], indices: list[Tensor], outs: list[Tensor], failures: Tensor) -> None:
+    return None
+
+
 @torch.library.register_fake("dcext::quantize_activations")
 def _(x: Tensor, col_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
