@@ -87,7 +87,7 @@ def _plain_ticks(axis: Any) -> None:
 def _finish(axis: Any) -> None:
     axis.grid(alpha=0.3)
     axis.set_xlim(BITS)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=7, ncols=2, loc="upper right" if axis.get_title() else "lower left")
 
 
 def _curves(axis: Any, rows: list[Row], height: Callable[[Row], float]) -> None:
