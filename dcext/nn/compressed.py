@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcext import _C
 from dcext.codec import decode, payload_info, verify_payload
 from dcext.errors import FormatError
+from dcext.nn.device import IndexedWeight, Resting, made_once, rest_on
 
 HUGE_PAGE_NBYTES = 2 << 20
+_CPU = torch.device("cpu")
 
 
 def to_weight_memory(payload: Tensor) -> Tensor:
@@ -35,8 +37,10 @@ def stored_scale_nbytes(scale: Tensor) -> int:
     return storage_form(scale).nbytes
 
 
-class CompressedModule(nn.Module):
+class CompressedModule(Resting):
     """A matrix ``diag(row_scale) @ qweight @ diag(col_scale)`` stored as a payload. Frozen: it has no parameters.
+
+    ``.to("cuda")`` moves it to a GPU as any module, compressed; see ``dcext.nn.device`` for how it rests there.
 
     Attributes:
         payload: 1-D uint8, the coded ``qweight``; never modified in place, so modules may share one.
@@ -109,8 +113,10 @@ class CompressedModule(nn.Module):
         return self.num_weights / self.stored_nbytes
 
     def qweight(self) -> Tensor:
-        """Decodes the weights: ``(out_features, in_features)`` int8."""
-        return decode(self.payload)
+        """Decodes the weights: ``(out_features, in_features)`` int8, where the module is."""
+        if isinstance(self.resting, IndexedWeight):
+            return self.resting.qweight()
+        return decode(self.payload.cpu()).to(self.row_scale.device)
 
     def dequantize(self) -> Tensor:
         """The weights that the module stands for: ``(out_features, in_features)`` in ``self.dtype``."""
@@ -126,8 +132,36 @@ class CompressedModule(nn.Module):
             keeps = tensor.numel() > 0 and tensor.is_floating_point()
             return tensor.to(moved.device) if keeps and moved.dtype != tensor.dtype else moved
 
-        super()._apply(keep_dtype, recurse)
+        payload, before = self.payload, self.row_scale.device
+        self._buffers["payload"] = None
+        try:
+            super()._apply(keep_dtype, recurse)
+        finally:
+            self._buffers["payload"] = payload
+        device = self.row_scale.device
+        if device != before:
+            self._move_payload(device)
+        elif payload.device == device:
+            self.payload = fn(payload)
         return self
+
+    def _move_payload(self, device: torch.device) -> None:
+        payload = self.payload
+        self._leave_device()
+        if device.type == "meta":
+            self.payload = payload.to(device)
+            return
+        self.payload = made_once(payload, _CPU, payload.cpu) if payload.is_cuda else payload
+        if device.type != "cpu":
+            self._rest_on(device)
+
+    def _rest_on(self, device: torch.device) -> None:
+        """Takes the payload, which is on the CPU, to a device."""
+        self.resting = rest_on(self.payload, device)
+        self.payload = self.resting.payload
+
+    def _leave_device(self) -> None:
+        self.resting = None
 
     def _load_from_state_dict(
         self,
@@ -144,12 +178,17 @@ class CompressedModule(nn.Module):
         if key in state_dict:
             payload = state_dict[key]
             try:
+                payload = payload.cpu()
                 info = payload_info(payload)
                 verify_payload(payload)
                 if info["shape"] != self.shape:
                     raise FormatError(f"expected shape {self.shape}, found {info['shape']}")
                 self._describe(info)
+                device = self.row_scale.device
+                self._leave_device()
                 self.payload = to_weight_memory(payload)
+                if device.type == "cuda":
+                    self._rest_on(device)
             except (FormatError, TypeError, ValueError) as error:
                 error_msgs.append(f"{key}: {error}")
             state_dict = {**state_dict, key: self.payload}

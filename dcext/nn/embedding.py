@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dcext.codec import encode
+from dcext.codec import decode, encode
 from dcext.nn.compressed import CompressedModule
 from dcext.quantize import quantize_absmax
 
@@ -13,7 +13,7 @@ from dcext.quantize import quantize_absmax
 class DCEmbedding(CompressedModule):
     """Drop-in for a frozen ``nn.Embedding``: looks rows up, decoding each panel that is touched once per call.
 
-    Runs on the CPU. ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` concern training and do not exist here.
+    On a GPU its rows rest as plain INT8, where each can be looked up: decoding is by the 128 KiB. ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` concern training and do not exist here.
     """
 
     def __init__(
@@ -35,6 +35,19 @@ class DCEmbedding(CompressedModule):
         """
         super().__init__(payload, row_scale, col_scale, dtype)
         self.padding_idx = padding_idx
+        self._rows: Tensor | None = None
+
+    def _rest_on(self, device: torch.device) -> None:
+        # What is not read there stays on the host: the payload, unless the rows lie in it.
+        if self.codec != "raw":
+            self._rows = decode(self.payload, verify=False).to(device)
+            return
+        super()._rest_on(device)
+        self._rows = self.qweight()
+
+    def _leave_device(self) -> None:
+        super()._leave_device()
+        self._rows = None
 
     @classmethod
     def from_float(
@@ -70,7 +83,7 @@ class DCEmbedding(CompressedModule):
         """Looks rows up.
 
         Args:
-            indices: any shape, int64 or int32 on the CPU.
+            indices: any shape, int64 or int32, where the module is.
 
         Returns:
             ``(*indices.shape, embedding_dim)`` in ``self.dtype``.
@@ -78,6 +91,9 @@ class DCEmbedding(CompressedModule):
         Raises:
             IndexError: an index outside [0, num_embeddings).
         """
+        if self._rows is not None:
+            rows = self._rows[indices].float() * self.row_scale[indices][..., None]
+            return (rows if self.col_scale is None else rows * self.col_scale).to(self.dtype)
         return torch.ops.dcext.embedding(
             indices, self.payload, self.row_scale, self.col_scale, self.embedding_dim, self.dtype
         )

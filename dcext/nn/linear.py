@@ -14,6 +14,13 @@ from dcext.quantize import quantize_absmax
 _linear = torch.ops.dcext.linear.default
 
 
+def _plus_outliers(y: Tensor, x: Tensor, index: Tensor | None, weight: Tensor | None) -> Tensor:
+    if index is None or weight is None:
+        return y
+    columns = x.index_select(-1, index).float()
+    return y + (columns @ weight.float().t()).to(y.dtype)
+
+
 class DCLinear(CompressedModule):
     """Drop-in for a frozen ``nn.Linear``: ``y = row_scale * (qweight @ (x * col_scale)) + bias``.
 
@@ -23,7 +30,10 @@ class DCLinear(CompressedModule):
     With ``activations="int8"`` each token is quantized to int8 first (W8A8; int32 sums, exact); with ``"none"`` it is
     not (W8A16; float32 sums in a fixed order). Outputs are the same bits for every codec, number of threads and
     instruction set. Panels of weights are decoded into the L2 cache and multiplied there, packed ones straight from
-    their codes (W8A8), so memory carries the stored bytes only. Runs on the CPU.
+    their codes (W8A8), so memory carries the stored bytes only.
+
+    On a GPU (``.to("cuda")``) frames are decoded by the GPU and multiplied by Triton kernels, packed weights inside the
+    product; W8A8 sums are the CPU's, outputs differ from its by the rounding of outlier columns.
 
     Make one with ``from_float`` or ``from_qweight``.
     """
@@ -156,20 +166,32 @@ class DCLinear(CompressedModule):
         """Applies the layer.
 
         Args:
-            x: ``(..., in_features)`` float32, bfloat16 or float16 on the CPU.
+            x: ``(..., in_features)`` float32, bfloat16 or float16 where the layer is; on a GPU with
+                ``activations="none"`` not float32.
 
         Returns:
             ``(..., out_features)``, dtype of ``x``. A token with NaN or infinity gives NaN (W8A8).
         """
+        if self.resting is not None:
+            return self._forward_resting(x)
         # Looking buffers up as attributes takes as long as a small layer's product.
         own = self._buffers
         scales = (own["row_scale"], own["col_scale"])
         y = _linear(x, own["payload"], *scales, own["bias"], self.activations)
-        index, weight = own["outlier_index"], own["outlier_weight"]
-        if index is None or weight is None:
-            return y
-        columns = x.index_select(-1, index).float()
-        return y + (columns @ weight.float().t()).to(y.dtype)
+        return _plus_outliers(y, x, own["outlier_index"], own["outlier_weight"])
+
+    def _forward_resting(self, x: Tensor) -> Tensor:
+        from dcext.kernels.int8_gemm import int8_linear  # imports triton
+        from dcext.kernels.packed import PackedWeight, packed_linear
+
+        scales = (self.row_scale, self.col_scale, self.bias)
+        outliers = (self.outlier_index, self.outlier_weight)
+        weight = self.resting
+        if isinstance(weight, PackedWeight):
+            y = packed_linear(x, weight, *scales, self.activations)
+            return _plus_outliers(y, x, *outliers)
+        qweight = self.qweight() if self.decoded is None else self.decoded
+        return int8_linear(x, qweight, *scales, *outliers, self.activations)
 
     @property
     def stored_nbytes(self) -> int:

@@ -1,0 +1,219 @@
+"""How compressed weights rest on a GPU, and how a block's are decoded together."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dcext.codec import decode, encode, payload_info, seek_index
+from dcext.errors import FormatError
+
+if TYPE_CHECKING:
+    from dcext.kernels.packed_weight import PackedWeight
+
+Made = TypeVar("Made")
+
+# DecodeFailure of csrc/codec/seek_decode.h, bit by bit.
+_FAILURES = (
+    "an index that points outside its payload",
+    "lengths of codes that no code has",
+    "a segment that ends elsewhere than its index says",
+    "an exception behind the end of its tile",
+)
+
+
+class IndexedWeight:
+    """A payload of codec raw or zstd on a device, with what it takes to decode it there.
+
+    Attributes:
+        shape: ``(out_features, in_features)``.
+        payload: 1-D uint8.
+        index: its seek index; None where the weights lie in the payload as a dense matrix (``view``).
+        view: that matrix, ``(out_features, in_features)`` int8, or None.
+        failures: ``(1,)`` int32, nonzero once decoding has found damage (``raise_if_damaged``). Reading it waits for
+            the device, so nothing does while a model runs.
+    """
+
+    def __init__(self, payload: Tensor, device: torch.device | str) -> None:
+        """Copies a payload to a device; where it has matches, decodes it first and keeps it raw, with a warning.
+
+        Args:
+            payload: 1-D uint8 on the CPU. Verified before.
+            device: where the weight shall rest.
+
+        Raises:
+            FormatError: the payload is corrupt.
+        """
+        info = payload_info(payload)
+        index = None
+        if info["codec"] == "zstd":
+            index = seek_index(payload, verify=False)
+            if index is None:
+                warnings.warn(
+                    f"a payload of shape {info['shape']} and zstd level {info['level']} has matches, which a GPU cannot "
+                    "decode: it rests as raw INT8 there",
+                    stacklevel=2,
+                )
+                payload = encode(decode(payload, verify=False), "raw")
+                info = payload_info(payload)
+        self.shape: tuple[int, int] = info["shape"]
+        is_dense = index is None and _lies_dense(info)
+        if index is None and not is_dense:
+            index = seek_index(payload, verify=False)
+        self.payload = payload.to(device)
+        self.index = None if index is None else index.to(device)
+        self.failures = torch.zeros(1, dtype=torch.int32, device=self.payload.device)
+        self.view: Tensor | None = None
+        if is_dense:
+            begin = info["chunks"][0]["offset"]
+            rows, cols = self.shape
+            self.view = self.payload[begin : begin + rows * cols].view(torch.int8).view(rows, cols)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device: payload and index."""
+        return self.payload.nbytes + (0 if self.index is None else self.index.nbytes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight rests."""
+        return self.payload.device
+
+    def qweight(self) -> Tensor:
+        """The weights: ``(out_features, in_features)`` int8; new memory unless they rest dense."""
+        return decode_together([self])[0]
+
+    def raise_if_damaged(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            FormatError: a decode since the weight was made has found damaged data.
+        """
+        found = int(self.failures)
+        if found:
+            reasons = [text for bit, text in enumerate(_FAILURES) if found >> bit & 1]
+            raise FormatError(
+                f"weights of shape {self.shape} on {self.payload.device}: expected intact frames, found "
+                + " and ".join(reasons)
+            )
+
+
+def _lies_dense(info: dict[str, Any]) -> bool:
+    """Whether the tiles of a raw payload follow each other without padding, as whole rows."""
+    chunks = info["chunks"]
+    if info["slab_cols"] != info["shape"][1]:
+        return False
+    return all(
+        chunk["offset"] + chunk["nbytes"] == later["offset"]
+        for chunk, later in itertools.pairwise(chunks)
+    )
+
+
+def decode_together(weights: list[IndexedWeight]) -> list[Tensor]:
+    """Decodes weights of one device in one launch; those that rest dense are returned as they lie.
+
+    Captured in a CUDA graph like any operator: it neither waits for the device nor reads from it.
+    """
+    coded = [weight for weight in weights if weight.view is None]
+    decoded = [
+        torch.empty(weight.shape, dtype=torch.int8, device=weight.payload.device)
+        for weight in coded
+    ]
+    if coded:
+        torch.ops.dcext.decode_indexed_(
+            [weight.payload for weight in coded],
+            [weight.index for weight in coded],
+            decoded,
+            coded[0].failures,
+        )
+    fresh = iter(decoded)
+    return [next(fresh) if weight.view is None else weight.view for weight in weights]
+
+
+def rest_on(payload: Tensor, device: torch.device) -> IndexedWeight | PackedWeight:
+    """A verified payload as layers use it on a device; modules that share a payload share the result."""
+
+    def make() -> IndexedWeight | PackedWeight:
+        if payload_info(payload)["codec"] != "packed":
+            return IndexedWeight(payload, device)
+        from dcext.kernels.packed_weight import PackedWeight  # imports triton
+
+        return PackedWeight.from_payload(payload, device)
+
+    return made_once(payload, device, make)
+
+
+_MADE: dict[tuple[int, torch.device], tuple[weakref.ref[Any], weakref.ref[Any]]] = {}
+
+
+def made_once(source: Tensor, device: torch.device, make: Callable[[], Made]) -> Made:
+    """What ``make`` gave for this tensor and device, as long as both live; else what it gives now."""
+    for key, (of, value) in list(_MADE.items()):
+        if of() is None or value() is None:
+            del _MADE[key]
+    key = (id(source), device)
+    if key in _MADE:
+        found = _MADE[key][1]()
+        if found is not None:
+            return found
+    made = make()
+    _MADE[key] = (weakref.ref(source), weakref.ref(made))
+    return made
+
+
+class Resting(nn.Module):
+    """What modules have whose weights may rest on a device.
+
+    Attributes:
+        resting: None on the CPU, where layers read the payload itself.
+        decoded: the int8 matrix while a block's weights are decoded together (``batch_decodes``), else None.
+    """
+
+    resting: IndexedWeight | PackedWeight | None = None
+    decoded: Tensor | None = None
+
+
+def batch_decodes(block: nn.Module) -> None:
+    """Has the weights of a decoder block decoded in one launch whenever it is called, and dropped behind it.
+
+    One matrix of a small model does not fill a GPU; seven do. Costs memory for all of them at a time. Modules that rest
+    on the CPU, or need no decoding, are left alone.
+    """
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        layers = [
+            (layer, layer.resting)
+            for layer in module.modules()
+            if isinstance(layer, Resting) and isinstance(layer.resting, IndexedWeight)
+        ]
+        matrices = decode_together([weight for _, weight in layers])
+        for (layer, _), matrix in zip(layers, matrices, strict=True):
+            layer.decoded = matrix
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for layer in module.modules():
+            if isinstance(layer, Resting):
+                layer.decoded = None
+
+    block.register_forward_pre_hook(before)
+    block.register_forward_hook(after, always_call=True)
+
+
+def raise_if_damaged(model: nn.Module) -> None:
+    """Waits for the device, then reports what decoding has found since the model was moved there.
+
+    Raises:
+        FormatError: a layer's weights were damaged in memory.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Resting) and isinstance(module.resting, IndexedWeight):
+            try:
+                module.resting.raise_if_damaged()
+            except FormatError as error:
+                raise FormatError(f"{name}: {error}") from None
