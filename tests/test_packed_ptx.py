@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 
 import numpy as np
 import pytest
@@ -11,8 +10,14 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from packed_reference import WIDTHS, unpack_codes  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from ptx import (  # noqa: E402
+    FLOAT_MMA,
+    INTEGER_MMA,
+    MAX_SHARED_BYTES,
+    compile_kernel,
+    copied_bytes,
+    resources,
+)
 
 from dcext.kernels import packed, packed_kernels  # noqa: E402
 from dcext.kernels.packed_lookup import (  # noqa: E402
@@ -25,22 +30,7 @@ from dcext.kernels.packed_lookup import (  # noqa: E402
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="requires the compiler, not TRITON_INTERPRET=1"
 )
-ARCHITECTURES = (80, 90, 100, 120)
-MAX_SHARED_BYTES = 99 * 1024  # of a block on sm_86, 89 and 120, which have least
 MAX_SPILLED_BYTES = 32
-INTEGER_MMA = "|".join(
-    [
-        r"mma\.sync\.aligned\.m16n8k32\.\S*s8\.s8",
-        r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
-        r"tcgen05\.mma\S*kind::i8",  # of sm_100, since triton 3.9
-    ]
-)
-FLOAT_MMA = {
-    80: r"mma\.sync\S*\.f32\.{0}\.{0}\.f32",
-    90: r"wgmma\.mma_async\S*\.f32\.{0}\.{0}",
-    100: r"tcgen05\.mma\S*kind::f16",
-    120: r"mma\.sync\S*\.f32\.{0}\.{0}\.f32",
-}
 MULTIPLY = {
     "payload": "*u8",
     "tiles": "*i64",
@@ -52,23 +42,6 @@ MULTIPLY = {
     "bias": "*fp32",
     "y": "*bf16",
 }
-PREPARE = {"x": "*bf16", "col_scale": "*fp32", "act_scale": "*fp32"}
-
-
-def compile_kernel(kernel, architecture: int, types: dict[str, str], constants: dict[str, object]):
-    """Compiles with pointers and sizes that are multiples of 16, as those of real layers are."""
-    types = {name: types.get(name, "i32") for name in kernel.arg_names}
-    types |= dict.fromkeys(constants, "constexpr")
-    aligned = [name for name, kind in types.items() if kind != "constexpr" and name != "M"]
-    attributes = {
-        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-        for name in aligned
-        if name != "stride_t" or constants.get("TOKENS", 16) >= 16
-    }
-    source = ASTSource(kernel, types, constants, attributes)
-    return triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options=packed._OPTIONS
-    )
 
 
 def compile_multiply(architecture: int, activations: str, tokens: int, exceptions: bool = True):
@@ -79,21 +52,16 @@ def compile_multiply(architecture: int, activations: str, tokens: int, exception
         constants["act_scale"] = None
     if not exceptions:
         constants |= dict.fromkeys(("row_ptr", "column", "delta", "x_t"))
-    return compile_kernel(packed_kernels.multiply, architecture, types, constants)
+    unaligned = ("stride_t",) if tokens < 16 else ()
+    return compile_kernel(
+        packed_kernels.multiply, architecture, types, constants, packed._OPTIONS, unaligned
+    )
 
 
 def check_resources(compiled, tmp_path, record_property) -> None:
-    """Registers, spilled bytes and shared memory, as ptxas left them in the cubin."""
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    record_property("registers", registers)
-    record_property("spilled_bytes", spilled)
-    record_property("shared_bytes", compiled.metadata.shared)
-    assert spilled <= MAX_SPILLED_BYTES
-    assert compiled.metadata.shared <= MAX_SHARED_BYTES
+    found = resources(compiled, tmp_path, record_property)
+    assert found.spilled_bytes <= MAX_SPILLED_BYTES
+    assert found.shared_bytes <= min(MAX_SHARED_BYTES.values())
 
 
 @pytest.mark.parametrize(
@@ -121,21 +89,7 @@ def test_w8a16_uses_tensor_cores(architecture, activations, tokens, tmp_path, re
 def test_codes_are_copied_in_vectors_of_16_bytes():
     """Without exceptions all asynchronous copies are of codes and activations."""
     ptx = compile_multiply(90, "i8", 1, exceptions=False).asm["ptx"]
-    sizes = re.findall(r"cp\.async\.\S+ \[[^]]*\], \[[^]]*\], (\w+)", ptx)
-    assert sizes
-    assert set(sizes) == {"0x10"}
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", ["quantize", "scale"])
-def test_preparation_compiles(name, architecture, tmp_path, record_property):
-    kind = "*i8" if name == "quantize" else "*bf16"
-    constants = {"TOKENS": 8, "COLS": 512}
-    types = PREPARE | {"out": kind, "out_t": kind}
-    compiled = compile_kernel(getattr(packed_kernels, name), architecture, types, constants)
-    assert "fma.rn.f32" not in compiled.asm["ptx"]
-    assert "div.full" not in compiled.asm["ptx"]  # approximate
-    check_resources(compiled, tmp_path, record_property)
+    assert copied_bytes(ptx) == {16}
 
 
 def run_ptx(asm: str, operands: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

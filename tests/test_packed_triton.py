@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,32 +12,28 @@ from packed_reference import RAW, WIDTHS, encode_packed
 
 triton = pytest.importorskip("triton")
 
+from triton_modes import (  # noqa: E402
+    DEVICE,
+    INTERPRETED,
+    INTERPRETER_COMMAND,
+    on_device,
+    on_gpu,
+    requires_interpreter,
+)
+
 import dcext  # noqa: E402
 from dcext.kernels.packed import PackedWeight, packed_linear  # noqa: E402
 
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
-on_device = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="requires a GPU, or TRITON_INTERPRET=1",
-)
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def version(package: str) -> tuple[int, ...]:
-    return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
-@pytest.mark.skipif(
-    version("triton") < (3, 7) and version("numpy") >= (2, 4),
-    reason="requires triton 3.7: the interpreter of 3.6 does not know numpy 2.4",
-)
+@requires_interpreter
 def test_this_file_in_the_interpreter():
     """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [*INTERPRETER_COMMAND, __file__], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout
     assert " passed" in result.stdout
 
@@ -187,7 +181,7 @@ def test_inputs_that_are_not_contiguous():
     assert torch.equal(layer(x.T), layer(x.T.contiguous()))
 
 
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="requires a GPU")
+@on_gpu
 @pytest.mark.parametrize("count", [1, 16, 100, 300])
 def test_a_real_layer_gives_the_bits_of_the_cpu(count):
     layer = Layer(gaussian(1000, 2048, 4.0), [3, 4, 5, 6] * 4)

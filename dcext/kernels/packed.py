@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dcext.config import ACTIVATIONS
 from dcext.kernels import packed_kernels as kernels
+from dcext.kernels.activation_kernels import quantize, scale
+from dcext.kernels.activations import quantize_tile, scale_tile
 from dcext.kernels.packed_weight import GROUP_COLS, PackedWeight
 
 __all__ = ["PackedWeight", "packed_linear"]
@@ -21,12 +23,9 @@ _DTYPES = {
 }
 _SMALL_TILE_TOKENS = 16  # up to here, warps split the columns of 16 rows between them
 _MAX_TOKENS = 128  # of a program; more would not fit in its registers
-_PREPARED_TOKENS = 8  # of a program that prepares activations
-_PREPARED_ELEMENTS = 4096
 _EXCEPTION_ELEMENTS = 4096  # products with exceptions that a program holds at a time
-_NUM_WARPS = 4
 # A product and a sum stay apart, as in the kernels of the CPU.
-_OPTIONS = {"num_warps": _NUM_WARPS, "num_stages": 3, "enable_fp_fusion": False}
+_OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 
 def packed_linear(
@@ -106,15 +105,18 @@ def _prepare(
         stride = num_tokens if num_tokens < 16 else triton.cdiv(num_tokens, 16) * 16
         out_t = tokens.new_empty((cols, stride), dtype=dtype)
     stride_t = 0 if out_t is None else out_t.stride(0)
-    tile_tokens = min(triton.next_power_of_2(num_tokens), _PREPARED_TOKENS)
-    tile = {"TOKENS": tile_tokens, "COLS": _PREPARED_ELEMENTS // tile_tokens}
-    grid = (triton.cdiv(max(num_tokens, stride_t), tile_tokens),)
     sizes = (num_tokens, cols, out.shape[1], stride_t)
+    written = max(num_tokens, stride_t)
     if activations == "none":
-        kernels.scale[grid](tokens, col_scale, out, out_t, *sizes, **tile, **_OPTIONS)
+        tile = scale_tile(num_tokens, out.shape[1], transposed=transposed)
+        grid = (triton.cdiv(written, tile["TOKENS"]), triton.cdiv(out.shape[1], tile["COLS"]))
+        scale[grid](tokens, col_scale, out, out_t, *sizes, **tile)
         return out, out_t, None
     act_scale = tokens.new_empty(num_tokens, dtype=torch.float32)
-    kernels.quantize[grid](tokens, col_scale, out, out_t, act_scale, *sizes, **tile, **_OPTIONS)
+    tile = quantize_tile(num_tokens, out.shape[1], transposed=transposed)
+    quantize[(triton.cdiv(written, tile["TOKENS"]),)](
+        tokens, col_scale, out, out_t, act_scale, *sizes, **tile
+    )
     return out, out_t, act_scale
 
 

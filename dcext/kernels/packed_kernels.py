@@ -1,7 +1,6 @@
 """Triton kernels behind ``packed_linear``: products with packed weights that are decoded in registers.
 
-``quantize`` and ``scale`` prepare the activations, (tokens M, columns K) row-major, in rows of ``padded`` columns with
-zeros behind K, and transposed, (K, stride_t), for the exceptions where there are any.
+Activations are what ``activation_kernels`` prepares, transposed too for the exceptions where there are any.
 
 ``multiply`` computes ``y[m, n] = (float(sum_k q[m, k] w[n, k]) * row_scale[n]) * act_scale[m] + bias[n]``: int8 times
 int8 in int32, exact, or fp16/bf16 times the weights in that type, in fp32. One program takes a tile of 16 BLOCKS rows of
@@ -31,90 +30,6 @@ _BLOCK_ROWS = tl.constexpr(16)
 _GROUP_COLS = tl.constexpr(32)
 _PIECE = tl.constexpr(64)
 _RAW_WIDTH = tl.constexpr(8)
-_SMALLEST_ABSMAX = tl.constexpr(1e-36)  # below, 127 / absmax overflows; such tokens are zero
-_INFINITY = tl.constexpr(float("inf"))
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to integers, half to even
-_ROUND_BITS = tl.constexpr(0x4B400000)
-
-
-@triton.jit
-def _load_scaled(x, col_scale, m, k, M, K):
-    """(TOKENS, COLS) float32 of x * col_scale, zeros outside."""
-    mask = (m < M)[:, None] & (k < K)[None, :]
-    v = tl.load(x + m.to(tl.int64)[:, None] * K + k[None, :], mask, 0).to(tl.float32)
-    if col_scale is not None:
-        v = v * tl.load(col_scale + k, k < K, 0)[None, :]
-    return v
-
-
-@triton.jit
-def _store_prepared(value, out, out_t, m, k, M, K, padded, stride_t):
-    """Stores activations, and transposed if that is wanted."""
-    rows = m.to(tl.int64)[:, None] * padded
-    tl.store(out + rows + k[None, :], value, (m < M)[:, None] & (k < padded)[None, :])
-    if out_t is not None:
-        cols = k.to(tl.int64)[None, :] * stride_t
-        # Behind the last token too, where rows are padded: stores of whole vectors need an aligned mask.
-        tl.store(out_t + cols + m[:, None], value, (m < stride_t)[:, None] & (k < K)[None, :])
-
-
-@triton.jit(do_not_specialize=["M"])
-def scale(
-    x,  # (M, K) float16 or bfloat16
-    col_scale,  # (K,) float32, or None
-    out,  # (M, padded), dtype of x
-    out_t,  # (K, stride_t), dtype of x, or None
-    M,
-    K,
-    padded,
-    stride_t,
-    TOKENS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Computes x * col_scale, one program for TOKENS tokens."""
-    m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    for begin in range(0, padded, COLS):
-        k = begin + tl.arange(0, COLS)
-        v = _load_scaled(x, col_scale, m, k, M, K).to(out.dtype.element_ty)
-        _store_prepared(v, out, out_t, m, k, M, K, padded, stride_t)
-
-
-@triton.jit(do_not_specialize=["M"])
-def quantize(
-    x,  # (M, K) float32, float16 or bfloat16
-    col_scale,  # (K,) float32, or None
-    out,  # (M, padded) int8
-    out_t,  # (K, stride_t) int8, or None
-    act_scale,  # (M,) float32
-    M,
-    K,
-    padded,
-    stride_t,
-    TOKENS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Computes act_scale = max|v| / 127 and out = round_half_even(v * (127 / max|v|)), v = x * col_scale.
-
-    One program for TOKENS tokens. A token that is not finite has scale NaN and zeros.
-    """
-    m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    largest = tl.zeros((TOKENS, COLS), tl.float32)
-    for begin in range(0, K, COLS):
-        v = tl.abs(_load_scaled(x, col_scale, m, begin + tl.arange(0, COLS), M, K))
-        largest = tl.maximum(largest, tl.where(v < _INFINITY, v, _INFINITY))  # NaN as well
-    absmax = tl.max(largest, 1)
-    is_finite = absmax < _INFINITY
-    is_nonzero = is_finite & (absmax >= _SMALLEST_ABSMAX)
-    seven_bits = tl.full((TOKENS,), 127.0, tl.float32)
-    token_scale = tl.div_rn(tl.where(is_finite, absmax, 0.0), seven_bits)
-    tl.store(act_scale + m, tl.where(is_finite, token_scale, float("nan")), m < M)
-    inverse = tl.div_rn(seven_bits, tl.where(is_nonzero, absmax, 1.0))
-    for begin in range(0, padded, COLS):
-        k = begin + tl.arange(0, COLS)
-        v = _load_scaled(x, col_scale, m, k, M, K)
-        v = tl.where(is_nonzero[:, None], v * inverse[:, None], 0.0) + _ROUND
-        q = (v.to(tl.int32, bitcast=True) - _ROUND_BITS).to(tl.int8)
-        _store_prepared(q, out, out_t, m, k, M, K, padded, stride_t)
 
 
 @triton.jit
