@@ -185,13 +185,14 @@ class DCLinear(CompressedModule):
         from dcext.kernels.packed import PackedWeight, packed_linear
 
         scales = (self.row_scale, self.col_scale, self.bias)
-        outliers = (self.outlier_index, self.outlier_weight)
+        index, columns = self.outlier_index, self.outlier_weight
         weight = self.resting
         if isinstance(weight, PackedWeight):
             y = packed_linear(x, weight, *scales, self.activations)
-            return _plus_outliers(y, x, *outliers)
+            return _plus_outliers(y, x, index, columns)
         qweight = self.qweight() if self.decoded is None else self.decoded
-        return int8_linear(x, qweight, *scales, *outliers, self.activations)
+        outliers = None if index is None or columns is None else (index, columns)
+        return int8_linear(x, qweight, *scales, outliers, self.activations)
 
     @property
     def stored_nbytes(self) -> int:
