@@ -50,6 +50,11 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @torch.inference_mode()
 def perplexity(
     model: nn.Module,
@@ -66,7 +71,7 @@ def perplexity(
 
     Args:
         model: maps ``input_ids`` (1, n) to an output with ``logits`` (1, n, vocabulary).
-        ids: 1-D int64, at least two tokens.
+        ids: 1-D int64, at least two tokens, on the device of the model.
         context: tokens per window, at least 2.
         max_tokens: use only so many tokens of ``ids``; None for all.
         progress: called with the number of tokens run since the last call.
@@ -87,6 +92,7 @@ def perplexity(
             continue
         begin = time.perf_counter()
         logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+        _wait_for(ids.device)
         seconds += time.perf_counter() - begin
         losses = torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum")
         total += losses.item()
@@ -106,7 +112,7 @@ def generation_speed(
 
     Args:
         model: a transformers causal language model.
-        ids: the prompt, 1-D int64.
+        ids: the prompt, 1-D int64, on the device of the model.
         new_tokens: tokens to generate, at least 1.
         repeats: timed runs.
     """
@@ -114,10 +120,12 @@ def generation_speed(
     for run in range(repeats + 1):
         begin = time.perf_counter()
         output = model(input_ids=ids[None], use_cache=True, logits_to_keep=1)
+        _wait_for(ids.device)
         middle = time.perf_counter()
         for _ in range(new_tokens):
             token = output.logits[:, -1:].argmax(-1)
             output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        _wait_for(ids.device)
         end = time.perf_counter()
         if run > 0:
             prefill.append(ids.numel() / (middle - begin))

@@ -19,6 +19,7 @@ from dcext.format import CheckpointReader, write_checkpoint
 from dcext.format.manifest import FORMAT_VERSION, parse_json_object
 from dcext.nn import DCEmbedding, DCLinear
 from dcext.nn.compressed import CompressedModule, storage_form, to_weight_memory
+from dcext.nn.device import place
 from dcext.quantize.report import CompressionReport
 
 QUANT_METHOD = "dcext"
@@ -91,6 +92,7 @@ def from_pretrained(
     directory: str | Path,
     dtype: torch.dtype | None = None,
     *,
+    device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Loads a model that ``save_pretrained`` wrote, every byte verified, without ever holding its float weights.
@@ -98,12 +100,14 @@ def from_pretrained(
     Args:
         directory: the folder.
         dtype: what to compute in; None for the dtype of the model that was compressed.
+        device: where the weights rest, compressed, and the model runs (``dcext.nn.place``).
         progress: called with the number of bytes loaded since the last call.
 
     Returns:
-        The transformers model, in evaluation mode, on the CPU.
+        The transformers model, in evaluation mode.
 
     Raises:
+        RuntimeError: dcext was built without CUDA and ``device`` is a GPU, or there is no such device.
         FileNotFoundError: no such folder.
         FormatError: not a dcext checkpoint, or one that is damaged: file and tensor, expected and found.
     """
@@ -128,6 +132,7 @@ def from_pretrained(
     forget_ties(model, set(compressed_modules(model)))
     if dtype is not None:
         model.to(dtype)
+    place(model, device)
     return model.eval()
 
 

@@ -16,6 +16,8 @@ from dcext.cli.output import (
     token_progress,
 )
 
+DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ..")]
+
 
 def evaluate(
     folder: OutFolder,
@@ -24,20 +26,23 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(help="Use only so many tokens of the text.", min=2)
     ] = None,
+    device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity on a text, and tokens per second."""
     import torch
 
     from dcext.evaluate import perplexity
+    from dcext.nn.device import raise_if_damaged
 
     content = text.read_text(encoding="utf-8")
-    model, tokenizer = _load(folder)
+    model, tokenizer = _load(folder, device)
     # Enough text for max_tokens, whatever the tokenizer: a token has at least one byte.
     limit = None if max_tokens is None else 16 * max_tokens + 1024
-    ids = torch.tensor(tokenizer(content[:limit], verbose=False).input_ids)[:max_tokens]
+    ids = torch.tensor(tokenizer(content[:limit], verbose=False).input_ids)[:max_tokens].to(device)
     with token_progress("evaluating", ids.numel()) as advance:
         result = perplexity(model, ids, context=context, progress=advance)
+    raise_if_damaged(model)
     if as_json:
         print_json(result.to_dict())
         return
@@ -62,16 +67,20 @@ def generate(
     chat: Annotated[
         bool, typer.Option(help="Wrap the prompt in the model's chat template.")
     ] = False,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Continue a prompt; tokens appear as they are made."""
     import torch
     from transformers import TextStreamer
 
-    model, tokenizer = _load(folder)
+    from dcext.nn.device import raise_if_damaged
+
+    model, tokenizer = _load(folder, device)
     if chat:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    inputs = inputs.to(device)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
@@ -81,13 +90,14 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     with torch.inference_mode():
         model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    raise_if_damaged(model)
 
 
-def _load(folder: str) -> tuple[Any, Any]:
+def _load(folder: str, device: str) -> tuple[Any, Any]:
     import dcext
     from dcext.format import CheckpointReader
     from dcext.hub import load_tokenizer
 
     with byte_progress("loading", CheckpointReader(folder).tensor_nbytes) as advance:
-        model = dcext.from_pretrained(folder, progress=advance)
+        model = dcext.from_pretrained(folder, device=device, progress=advance)
     return model, load_tokenizer(folder)

@@ -69,7 +69,7 @@ class CompressedModule(Resting):
         self.register_buffer("_compute_dtype", torch.empty(0, dtype=dtype), persistent=False)
 
     def _describe(self, info: Mapping[str, Any]) -> None:
-        self.shape: tuple[int, int] = info["shape"]
+        self.shape = info["shape"]
         self.codec: str = info["codec"]
 
     def _checked(self, name: str, vector: Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dcext import _C
 from dcext.codec import decode, encode, payload_info, seek_index
 from dcext.errors import FormatError
 
@@ -171,10 +172,12 @@ class Resting(nn.Module):
     """What modules have whose weights may rest on a device.
 
     Attributes:
+        shape: ``(out_features, in_features)``.
         resting: None on the CPU, where layers read the payload itself.
         decoded: the int8 matrix while a block's weights are decoded together (``batch_decodes``), else None.
     """
 
+    shape: tuple[int, int]
     resting: IndexedWeight | PackedWeight | None = None
     decoded: Tensor | None = None
 
@@ -203,6 +206,32 @@ def batch_decodes(block: nn.Module) -> None:
 
     block.register_forward_pre_hook(before)
     block.register_forward_hook(after, always_call=True)
+
+
+def place(model: nn.Module, device: torch.device | str) -> None:
+    """Moves a model to a device, and has each of its decoder blocks decode in one launch if that is a GPU.
+
+    Blocks are the elements of the ``nn.ModuleList`` that holds most compressed weights.
+
+    Raises:
+        RuntimeError: dcext was built without CUDA, or torch finds no such device.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and not _C.with_cuda:
+        raise RuntimeError(
+            f"place: device: expected 'cpu', as dcext was built without CUDA, got {str(device)!r}"
+        )
+    model.to(device)
+    if device.type == "cpu":
+        return
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for block in max(lists, key=_num_compressed_weights, default=[]):
+        batch_decodes(block)
+
+
+def _num_compressed_weights(module: nn.Module) -> int:
+    shapes = [layer.shape for layer in module.modules() if isinstance(layer, Resting)]
+    return sum(rows * cols for rows, cols in shapes)
 
 
 def raise_if_damaged(model: nn.Module) -> None:
