@@ -9,6 +9,7 @@ operator                  computes
 ``decode_out``            a rectangle of ``qweight``, written into ``out``
 ``quantize_activations``  int8 tokens and their scales, as ``linear`` quantizes them; also on CUDA
 ``dequantize``            ``acc * row_scale * act_scale[:, None] + bias``, the end of ``linear``; also on CUDA
+``int8_linear``           ``linear`` of plain int8 weights, on CUDA; registered by ``dcext.kernels.int8_gemm``
 ``round_columns_``        a block of columns rounded from last to first with error feedback (``quantize.rate``)
 ========================  ========================================================================================
 

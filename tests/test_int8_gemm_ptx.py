@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 import pytest
@@ -21,7 +22,7 @@ from torch._functorch.aot_autograd import aot_function  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from dcext.kernels import activation_kernels  # noqa: E402
+from dcext.kernels import activation_kernels, int8_gemm_kernels  # noqa: E402
 from dcext.kernels import int8_gemm_tuning as tuning  # noqa: E402
 from dcext.kernels.activations import quantize_tile, scale_tile  # noqa: E402
 from dcext.kernels.int8_gemm import int8_linear  # noqa: E402
@@ -245,6 +246,15 @@ def test_torch_compile_with_any_number_of_tokens(no_driver):
     bounds = environment.var_to_range[symbol]
     assert bounds.lower == 65
     assert bounds.upper == 256
+
+
+@pytest.mark.parametrize("module", [activation_kernels, int8_gemm_kernels])
+def test_torch_compile_can_copy_the_constants(module):
+    """It writes kernels to a file of its own, and constants as Python prints them."""
+    constants = [v for v in vars(module).values() if isinstance(v, triton.language.constexpr)]
+    assert constants
+    for constant in constants:
+        assert ast.literal_eval(repr(constant.value)) == constant.value
 
 
 def test_classes_and_buckets():

@@ -356,6 +356,10 @@ INDEX, WEIGHT = torch.zeros(2, dtype=torch.int32), torch.zeros(20, 2, dtype=torc
             {"qweight": torch.zeros(1, 2**17 + 1, dtype=torch.int8)},
             "at most 131072 columns, got 131073",
         ),
+        (
+            {"qweight": torch.zeros(2, 2**22 + 1, dtype=torch.int8)[:, :64]},
+            r"no farther apart, got 2 and strides \(4194305, 1\)",
+        ),
         ({"row_scale": torch.ones(19)}, r"row_scale: expected contiguous \(20,\)"),
         ({"col_scale": torch.ones(64).double()}, "col_scale: expected .* got .* torch.float64"),
         ({"bias": torch.ones(40)[::2]}, "bias: expected contiguous"),

@@ -13,7 +13,7 @@ import triton.language as tl
 
 _HAS_ASM = tl.constexpr(not triton.knobs.runtime.interpret)
 _SMALLEST_ABSMAX = tl.constexpr(1e-36)  # below, 127 / absmax overflows; such tokens are zero
-_INFINITY = tl.constexpr(float("inf"))
+_LARGEST = tl.constexpr(3.4028234663852886e38)  # float32; torch.compile cannot copy infinity
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to integers, half to even
 _ROUND_BITS = tl.constexpr(0x4B400000)
 
@@ -77,7 +77,7 @@ def scale(
 def _finite_or_infinity(v):
     """|v|, infinity for NaN too."""
     v = tl.abs(v)
-    return tl.where(v < _INFINITY, v, _INFINITY)
+    return tl.where(v <= _LARGEST, v, float("inf"))
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def quantize(
             v = _load_scaled(x, col_scale, m, begin + first_k, M, K)
             largest = tl.maximum(largest, _finite_or_infinity(v))
     absmax = tl.max(largest, 1)
-    is_finite = absmax < _INFINITY
+    is_finite = absmax <= _LARGEST
     is_nonzero = is_finite & (absmax >= _SMALLEST_ABSMAX)
     seven_bits = tl.full((TOKENS,), 127.0, tl.float32)
     token_scale = tl.div_rn(tl.where(is_finite, absmax, 0.0), seven_bits)

@@ -21,6 +21,7 @@ _DTYPES = {
     "none": (torch.bfloat16, torch.float16),
 }
 _MAX_COLS = 2**17  # sums of so many products of -128 and 127 fit in int32
+_MAX_STRIDE = 2**22  # offsets inside of a tile of up to 256 rows or tokens fit in int32
 _ALIGNMENT_BYTES = 16  # of rows, for loads of whole vectors
 _IS_INTERPRETED = triton.knobs.runtime.interpret
 # Interpreted kernels cannot be traced.
@@ -82,6 +83,11 @@ def _check(
     if cols > 1 and qweight.stride(1) != 1:
         raise ValueError(
             f"int8_linear: qweight: expected contiguous rows, got strides {qweight.stride()}"
+        )
+    if max(rows, qweight.stride(0)) > _MAX_STRIDE:
+        raise ValueError(
+            f"int8_linear: qweight: expected at most {_MAX_STRIDE} rows, no farther apart, "
+            f"got {rows} and strides {qweight.stride()}"
         )
     if qweight.device.type != "cuda" and not _IS_INTERPRETED:
         raise ValueError(f"int8_linear: qweight: expected on a GPU, got on {qweight.device}")
@@ -204,8 +210,8 @@ def int8_linear(
     Args:
         x: ``(..., in_features)`` on the device of ``qweight``; float32, bfloat16 or float16 for ``"int8"``, bfloat16 or
             float16 for ``"none"``. Not modified.
-        qweight: ``(out_features, in_features)`` int8, rows contiguous, at any distance; fast where it is a multiple of
-            16. At most 131,072 columns. On the CPU only under ``TRITON_INTERPRET=1``.
+        qweight: ``(out_features, in_features)`` int8, rows contiguous and at most 2^22 apart, fast where that is a
+            multiple of 16; at most 2^22 rows and 2^17 columns. On the CPU only under ``TRITON_INTERPRET=1``.
         row_scale: ``(out_features,)`` float32.
         col_scale: ``(in_features,)`` float32, or None for ones.
         bias: ``(out_features,)`` float32, or None.

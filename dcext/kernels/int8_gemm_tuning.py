@@ -7,7 +7,8 @@ Tokens fall into classes, with a few choices of tiles each. Which one is fastest
 by running the choices that fit on the device (Triton leaves out those that take too much shared memory), about a second
 for each key, in the first call with it. What was measured is kept in Triton's cache on disk (``TRITON_CACHE_DIR``), for
 this version of the kernel, of Triton, and this architecture. So a call before a CUDA graph is captured is all that it
-needs; ``torch.compile`` measures the choices in its own way. The outputs of W8A8 do not depend on the choice; the last
+needs; ``torch.compile`` measures the choices in its own way, once for each class. Devices of one process share what was
+measured first. The outputs of W8A8 do not depend on the choice; the last
 bits of float sums (W8A16, outlier columns) do.
 
 ``DCEXT_AUTOTUNE=0`` in the environment, read when this is imported, and Triton's interpreter take the first choice of
