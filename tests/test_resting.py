@@ -180,6 +180,23 @@ def test_compiled_without_a_break():
         torch.testing.assert_close(y, x @ matrix.float().t())
 
 
+@on_device
+@pytest.mark.parametrize("together", [False, True])
+def test_a_block_is_traced_whole(together):
+    torch._dynamo.reset()
+    block = nn.Sequential(layer("zstd", 96), nn.GELU(), layer("raw", 96), layer("zstd", 20))
+    for module in block:
+        if isinstance(module, dcext.DCLinear):
+            resting(module)
+    if together:
+        batch_decodes(block)
+    x = torch.randn(4, 96, device=DEVICE)
+    expected = block(x)
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), expected)
+    assert torch.equal(compiled(x + 1), block(x + 1))
+
+
 @on_gpu
 @pytest.mark.parametrize("codec", CODECS)
 def test_there_and_back(codec):
