@@ -7,6 +7,7 @@ operator                  computes
 ``embedding``             rows of ``qweight * row_scale[:, None] * col_scale``
 ``encode``                the payload of a ``qweight``
 ``decode_out``            a rectangle of ``qweight``, written into ``out``
+``decode_indexed_``       whole matrices by their seek indices, all in one launch; also on CUDA
 ``quantize_activations``  int8 tokens and their scales, as ``linear`` quantizes them; also on CUDA
 ``dequantize``            ``acc * row_scale * act_scale[:, None] + bias``, the end of ``linear``; also on CUDA
 ``int8_linear``           ``linear`` of plain int8 weights, on CUDA; registered by ``dcext.kernels.int8_gemm``
@@ -18,6 +19,12 @@ Shapes: ``x`` (..., in_features) float32, bfloat16 or float16; ``payload`` 1-D u
 CPU. ``activations`` is ``"int8"`` (per-token dynamic quantization, exact int32 sums) or ``"none"`` (float32 sums in a
 fixed order); either way the result does not depend on threads or instruction set. Wrong arguments raise ``ValueError``
 or ``TypeError``; ``linear`` and ``embedding`` trust the checksums that were verified when the payload was loaded.
+
+``decode_indexed_`` takes equally many payloads, seek indices (``dcext.codec.seek_index``; (blocks, 448) uint8) and outputs
+(out_features, in_features) int8, all on one device, and ``failures`` (1,) int32, into which it or-s bits where data are
+damaged (``csrc/codec/seek_decode.h``): it neither waits for the device nor raises. Nothing outside of the outputs is
+written, whatever the bytes. ``int8_linear``, products with plain int8 weights on a GPU, is registered by
+``dcext.kernels.int8_gemm``, which imports triton.
 
 ``round_columns_`` takes its matrices transposed, so that rows of the layer are contiguous: ``weight`` (cols, rows)
 float32; ``target``, the same corrected by the columns behind the block, destroyed; ``feedback`` (cols, cols), whose
