@@ -20,6 +20,7 @@ from conftest import SMOKE, Figure, Tables, Timer, count_threads, gaussian, spee
 from libzstd import checked, compress_literals_only, decompress_into, library
 
 import dcext
+from dcext.codec import seek_index
 
 SIGMAS = [3.0] if SMOKE else [1.0, 1.5, 3.0, 6.0, 20.0, 35.0]  # 35: as INT8 per row has
 ROWS, COLS = (128, 512) if SMOKE else (4096, 4096)
@@ -29,6 +30,7 @@ CASE_FIXTURES = ("data",)
 
 LIBZSTD = "libzstd, literals only, one shot, 1 thread"
 FRAMES = "libzstd, frames of our payload, filters not undone"
+INDEX = "dcext, seek index alone, "
 
 
 class Data:
@@ -130,6 +132,26 @@ def test_decode_dcext(data: Data, timer: Timer, threads: int, verify: bool) -> N
     check(data, decoders)
     row = f"dcext, {count_threads(threads)}" + ("" if verify else ", checksums not verified")
     timer.run("decode", data.case, row, decoders, data.nbytes, bits=data.bits(payloads))
+
+
+def test_seek_index(data: Data, timer: Timer, threads: int) -> None:
+    """What loading costs a GPU's decoder beforehand; nothing is decoded."""
+    payloads = [dcext.encode(matrix) for matrix in data.matrices]
+    failures = torch.zeros(1, dtype=torch.int32)
+    before = dcext.get_num_threads()
+    dcext.set_num_threads(threads)
+    try:
+        for payload, matrix in zip(payloads, data.matrices, strict=True):
+            torch.ops.dcext.decode_indexed_(
+                [payload], [seek_index(payload)], [data.out.fill_(0)], failures
+            )
+            assert torch.equal(data.out, matrix)
+        assert failures.item() == 0
+        indexers = [lambda p=p: seek_index(p, verify=False) for p in payloads]
+        row = INDEX + count_threads(threads)
+        timer.run("decode", data.case, row, indexers, data.nbytes, bits=data.bits(payloads))
+    finally:
+        dcext.set_num_threads(before)
 
 
 def test_decode_zstandard_level_3(data: Data, timer: Timer, threads: int) -> None:
@@ -279,6 +301,8 @@ def figures(tables: Tables) -> list[Figure]:
             ("one thread / libzstd, frames alone", one, FRAMES, 0.0),
             ("one thread / zstandard level 3", one, level_3, 2.5 * case.startswith("sigma 3,")),
             ("two threads / one", two, one, 1.8),
+            ("seek index / decoding, one thread", INDEX + "1 thread", one + unverified, 0.5),
+            ("seek index / decoding, two threads", INDEX + "2 threads", two + unverified, 0.5),
             ("the same, checksums not verified", two + unverified, one + unverified, 0.0),
         ]:
             ratio = speed_ratio(rows, row, baseline)
