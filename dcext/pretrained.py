@@ -107,7 +107,7 @@ def from_pretrained(
         The transformers model, in evaluation mode.
 
     Raises:
-        RuntimeError: dcext was built without CUDA and ``device`` is a GPU, or there is no such device.
+        RuntimeError: as ``dcext.nn.place``.
         FileNotFoundError: no such folder.
         FormatError: not a dcext checkpoint, or one that is damaged: file and tensor, expected and found.
     """

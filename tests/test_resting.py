@@ -27,6 +27,7 @@ from dcext.nn.device import (  # noqa: E402
     batch_decodes,
     decode_together,
     made_once,
+    place,
     raise_if_damaged,
     rest_on,
 )
@@ -99,6 +100,8 @@ def test_a_block_decodes_together():
         if isinstance(module, dcext.DCLinear):
             resting(module)
     batch_decodes(block)
+    batch_decodes(block)
+    assert len(block._forward_pre_hooks) == 1
     assert torch.equal(block(x.to(DEVICE)).cpu(), expected)
     assert all(getattr(module, "decoded", None) is None for module in block)
     with pytest.raises(ValueError, match=r"expected \(\.\.\., 96\)"):
@@ -163,6 +166,23 @@ def test_damage_in_memory_is_found():
     weight.qweight()
     with pytest.raises(dcext.FormatError, match="found a segment that ends elsewhere"):
         raise_if_damaged(nn.Sequential(module))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="requires a machine without a GPU")
+def test_no_gpu():
+    with pytest.raises(RuntimeError, match="expected 'cpu', as torch finds no GPU, got 'cuda:1'"):
+        place(nn.Sequential(layer("zstd")), "cuda:1")
+
+
+def test_blocks_of_a_model_are_found():
+    model = nn.Module()
+    model.experts = nn.ModuleList([layer("raw", 8)])
+    model.layers = nn.ModuleList([nn.Sequential(layer("zstd", 96)) for _ in range(2)])
+    place(model, "cpu")
+    assert not any(block._forward_pre_hooks for block in model.layers)
+    place(model, "meta")
+    assert all(block._forward_pre_hooks for block in model.layers)
+    assert not any(block._forward_pre_hooks for block in model.experts)
 
 
 def test_compiled_without_a_break():

@@ -45,28 +45,34 @@ class IndexedWeight:
         """Copies a payload to a device; where it has matches, decodes it first and keeps it raw, with a warning.
 
         Args:
-            payload: 1-D uint8 on the CPU. Verified before.
+            payload: 1-D uint8 on the CPU.
             device: where the weight shall rest.
 
         Raises:
             FormatError: the payload is corrupt.
+            RuntimeError: it must be decoded on a GPU, and dcext was built without CUDA.
         """
         info = payload_info(payload)
         index = None
         if info["codec"] == "zstd":
-            index = seek_index(payload, verify=False)
+            index = seek_index(payload)
             if index is None:
                 warnings.warn(
                     f"a payload of shape {info['shape']} and zstd level {info['level']} has matches, which a GPU cannot "
                     "decode: it rests as raw INT8 there",
                     stacklevel=2,
                 )
-                payload = encode(decode(payload, verify=False), "raw")
+                payload = encode(decode(payload), "raw")
                 info = payload_info(payload)
         self.shape: tuple[int, int] = info["shape"]
         is_dense = index is None and _lies_dense(info)
         if index is None and not is_dense:
-            index = seek_index(payload, verify=False)
+            index = seek_index(payload)
+        if index is not None and torch.device(device).type == "cuda" and not _C.with_cuda:
+            raise RuntimeError(
+                "dcext was built without CUDA and cannot decode zstd on a GPU: expected a build with DCEXT_CUDA=1, "
+                "or codec raw or packed"
+            )
         self.payload = payload.to(device)
         self.index = None if index is None else index.to(device)
         self.failures = torch.zeros(1, dtype=torch.int32, device=self.payload.device)
@@ -100,8 +106,8 @@ class IndexedWeight:
         if found:
             reasons = [text for bit, text in enumerate(_FAILURES) if found >> bit & 1]
             raise FormatError(
-                f"weights of shape {self.shape} on {self.payload.device}: expected intact frames, found "
-                + " and ".join(reasons)
+                f"weights of shape {self.shape} on {self.device}, or others decoded together with them: expected "
+                f"intact frames, found {' and '.join(reasons)}"
             )
 
 
@@ -138,7 +144,7 @@ def decode_together(weights: list[IndexedWeight]) -> list[Tensor]:
 
 
 def rest_on(payload: Tensor, device: torch.device) -> IndexedWeight | PackedWeight:
-    """A verified payload as layers use it on a device; modules that share a payload share the result."""
+    """A payload as layers use it on a device; modules that share a payload share the result."""
 
     def make() -> IndexedWeight | PackedWeight:
         if payload_info(payload)["codec"] != "packed":
@@ -182,12 +188,18 @@ class Resting(nn.Module):
     decoded: Tensor | None = None
 
 
+_BATCHED = "_dcext_decodes_together"
+
+
 def batch_decodes(block: nn.Module) -> None:
     """Has the weights of a decoder block decoded in one launch whenever it is called, and dropped behind it.
 
     One matrix of a small model does not fill a GPU; seven do. Costs memory for all of them at a time. Modules that rest
-    on the CPU, or need no decoding, are left alone.
+    on the CPU, or need no decoding, are left alone. A second call for the same block changes nothing.
     """
+    if getattr(block, _BATCHED, False):
+        return
+    setattr(block, _BATCHED, True)
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         layers = [
@@ -214,12 +226,12 @@ def place(model: nn.Module, device: torch.device | str) -> None:
     Blocks are the elements of the ``nn.ModuleList`` that holds most compressed weights.
 
     Raises:
-        RuntimeError: dcext was built without CUDA, or torch finds no such device.
+        RuntimeError: torch finds no such device, or dcext was built without CUDA and weights are zstd.
     """
     device = torch.device(device)
-    if device.type == "cuda" and not _C.with_cuda:
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
-            f"place: device: expected 'cpu', as dcext was built without CUDA, got {str(device)!r}"
+            f"place: device: expected 'cpu', as torch finds no GPU, got {str(device)!r}"
         )
     model.to(device)
     if device.type == "cpu":
