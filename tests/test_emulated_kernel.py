@@ -170,3 +170,14 @@ def test_damage_is_reported_or_harmless(tmp_path: Path, launches: list[Launch]):
             assert torch.equal(launch.outs[0], out), i
     reported = sum(launch.failures != 0 for launch in flipped)
     assert 0 < reported < len(flipped)
+
+
+def test_a_tile_before_the_matrix(tmp_path: Path):
+    """With one column, row + rows of the tile could wrap around to a row that there is."""
+    require_sanitizer("address")
+    job = job_of(weights(False, 0, (640, 1)))
+    index = job.index.clone()
+    index[0, 16:24] = torch.tensor([0xF8, *[0xFF] * 7], dtype=torch.uint8)  # dst = -8
+    launch = Launch([Job(job.payload, index, job.shape)])
+    assert run(build("address"), tmp_path, [launch]) == ""
+    assert launch.failures == 1

@@ -212,7 +212,8 @@ DCEXT_HOST_DEVICE bool is_inside(const SeekBlock& block, const DecodeTarget& tar
          block.size <= kMaxBlockNbytes &&
          uint64_t{block.first} + block.size <= content_nbytes(block) && block.src <= nbytes &&
          src_nbytes <= nbytes - block.src && block.planes <= nbytes && behind <= nbytes &&
-         col + cols <= target.cols && row + block.tile_weights / cols <= target.rows;
+         col + cols <= target.cols && row < target.rows &&
+         block.tile_weights / cols <= target.rows - row;
 }
 
 /** Writes the weights of content bytes to their places, four at a time where they lie well. Keeps what it needs of the
