@@ -31,7 +31,7 @@
 #define __device__
 #define __shared__ static
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using cudaError_t = int;
 using cudaStream_t = void*;
@@ -177,4 +177,9 @@ inline unsigned __ldg(const unsigned* address) { return *address; }
 template <typename T>
 T min(T a, T b) {
   return b < a ? b : a;
+}
+
+template <typename T>
+T max(T a, T b) {
+  return a < b ? b : a;
 }
