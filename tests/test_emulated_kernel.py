@@ -156,6 +156,13 @@ def decode_on_cpu(job: Job) -> tuple[int, Tensor]:
     return int(failures), out
 
 
+def test_the_cpu_decodes_the_same(launches: list[Launch]):
+    for job in (job for launch in launches for job in launch.jobs if job.index.shape[0] > 0):
+        failures, out = decode_on_cpu(job)
+        assert failures == 0
+        assert torch.equal(out, dcext.decode(job.payload))
+
+
 def test_damage_is_reported_or_harmless(tmp_path: Path, launches: list[Launch]):
     """No bit of payload or index leads outside of them or the matrix, and the CPU sees the same."""
     require_sanitizer("address")
