@@ -8,7 +8,7 @@
 
 namespace dcext {
 
-// Decoding by a seek index, for one thread: what the CUDA kernel and the CPU share (cuda/decode_frames.cu,
+// Decoding by a seek index, for one thread: what the CUDA kernel and the CPU share (cuda/decode_indexed_kernel.cuh,
 // codec/seek_decode.cpp). Nothing here trusts the payload or the index: reads and writes stay inside what DecodeTarget
 // names, and a stream that does not end where the index says is reported.
 

@@ -12,7 +12,7 @@
 //   what shared memory takes.
 // Resources: 64 registers, no spills, 14.4 KiB of shared memory (table 4.3, staging 10): eight blocks or 1,024 threads an
 //   SM of sm_80, sm_90 and sm_100; six of sm_120, by shared memory.
-// Instructions (SASS of sm_90, nvcc 13.0): 10.6 a symbol to decode, 5 of them to refill; to write, 1.4 a symbol without a
+// Instructions (SASS of sm_90, nvcc 13.0): 10.6 a symbol to decode, 4.5 of them to refill; to write, 1.4 a symbol without a
 //   filter, 5.4 with low bits, 5.2 with pairs and 9.6 with both, where a symbol is two weights.
 // What should limit it: the chain of a symbol (shift, index, look-up in shared memory, length: about 45 cycles), as long
 //   as segments are fewer than threads (132 SMs hold 135,000, the segments of 132 MiB). Then, of symbols a clock and SM:
