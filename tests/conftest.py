@@ -1,5 +1,7 @@
 """What all tests share: the path of third_party/ and the real model and text, downloaded once."""
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,16 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa(before)
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    """CUDA's compiler; it needs no GPU."""
+    found = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "/nowhere") + "/bin")
+    found = found or shutil.which("nvcc")
+    if found is None:
+        pytest.skip("requires nvcc")
+    return found
 
 
 @pytest.fixture(scope="session")

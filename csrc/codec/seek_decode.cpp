@@ -15,21 +15,25 @@ bool build_table(const SeekBlock& block, HuffmanTable* table) {
   return true;
 }
 
+void write_bytes(const TileWriter& writer, uint32_t position, const Quad* src, uint32_t count) {
+  for (uint32_t i = 0; i < count; i += kQuadNbytes) {
+    const Quad& bytes = src[i / kQuadNbytes];
+    const uint32_t end = std::min(i + kQuadNbytes, count);
+    if (end - i == kQuadNbytes && writer.write_quad(position + i, bytes)) continue;
+    for (uint32_t j = i; j < end; ++j) {
+      writer.write_byte(position + j, reinterpret_cast<const uint8_t*>(src)[j]);
+    }
+  }
+}
+
 // One segment; returns whether it took as many bits as the index says.
 bool decode_segment(const SeekBlock& block, const HuffmanTable& table, SegmentReader reader,
-                    uint32_t position, uint32_t count, uint32_t expected_bits,
-                    const TileWriter& writer) {
-  uint32_t bits = 0;
-  for (uint32_t i = 0; i < count; i += 4) {
-    const uint32_t in_word = std::min<uint32_t>(count - i, 4);
-    uint32_t symbols = 0;
-    for (uint32_t j = 0; j < in_word; ++j) {
-      if (j % 2 == 0) reader.refill();
-      symbols |= reader.next_one(table.entries, block.table_log, &bits) << (8 * j);
-    }
-    writer.write(position + i, symbols, static_cast<int>(in_word));
-  }
-  return bits == expected_bits;
+                    uint32_t position, uint32_t count, uint32_t bits, const TileWriter& writer) {
+  Quad symbols[kSegmentSymbols / kQuadNbytes];
+  const int32_t end = reader.position() - static_cast<int32_t>(bits);
+  reader.read(table.entries, block.table_log, count, symbols);
+  write_bytes(writer, position, symbols, count);
+  return reader.position() == end;
 }
 
 int32_t decode_streams(const SeekBlock& block, const DecodeTarget& target,
@@ -70,11 +74,11 @@ int32_t decode_seek_block(const SeekBlock& block, const DecodeTarget& target) {
   } else {
     for (uint32_t i = 0; i < block.size; ++i) {
       const uint64_t offset = block.src + (block.kind == SeekKind::kRaw ? i : 0);
-      writer.write(block.first + i, target.payload[offset], 1);
+      writer.write_byte(block.first + i, target.payload[offset]);
     }
   }
   for (uint32_t i = 0; i < block.num_exceptions; ++i) {
-    if (!writer.write_exception(i)) failure |= kDecodeBadException;
+    if (!writer.write_exception(block, target, i)) failure |= kDecodeBadException;
   }
   return failure;
 }

@@ -8,7 +8,7 @@
 
 namespace dcext {
 
-// Decoding by a seek index, for one thread: what the CUDA kernel and the CPU share (cuda/decode_frames.cu,
+// Decoding by a seek index, for one thread: what the CUDA kernel and the CPU share (cuda/decode_indexed_kernel.cuh,
 // codec/seek_decode.cpp). Nothing here trusts the payload or the index: reads and writes stay inside what DecodeTarget
 // names, and a stream that does not end where the index says is reported.
 
@@ -29,9 +29,9 @@ struct DecodeTarget {
   uint64_t rows, cols;
 };
 
-DCEXT_HOST_DEVICE uint32_t load_word(const uint8_t* aligned) {
+DCEXT_HOST_DEVICE uint32_t load_word(const uint32_t* aligned) {
 #if defined(__CUDA_ARCH__)
-  return __ldg(reinterpret_cast<const unsigned*>(aligned));
+  return __ldg(aligned);
 #else
   uint32_t word;
   std::memcpy(&word, aligned, sizeof(word));
@@ -39,14 +39,24 @@ DCEXT_HOST_DEVICE uint32_t load_word(const uint8_t* aligned) {
 #endif
 }
 
-/** Four bytes of the payload at any address. */
-DCEXT_HOST_DEVICE uint32_t load_four(const uint8_t* src) {
+/** Four words, sixteen bytes, the first in the lowest bits of the first word: what a thread of a GPU stores at once. */
+struct alignas(16) Quad {
+  uint32_t words[4];
+};
+constexpr uint32_t kQuadNbytes = sizeof(Quad);
+
+/** Words of the payload at any address. */
+template <int kWords>
+DCEXT_HOST_DEVICE void load_words(const uint8_t* src, uint32_t (&words)[kWords]) {
   const uintptr_t misaligned = reinterpret_cast<uintptr_t>(src) & 3;
-  const uint8_t* aligned = src - misaligned;
-  const int shift = static_cast<int>(misaligned) * 8;
-  const uint32_t low = load_word(aligned);
-  if (shift == 0) return low;
-  return low >> shift | load_word(aligned + 4) << (32 - shift);
+  const uint32_t* aligned = reinterpret_cast<const uint32_t*>(src - misaligned);
+  uint32_t word = load_word(aligned);
+  for (int i = 0; i < kWords; ++i) {
+    const bool is_read = i + 1 < kWords || misaligned != 0;  // else it may be behind the payload
+    const uint32_t next = is_read ? load_word(aligned + i + 1) : 0;
+    words[i] = static_cast<uint32_t>((uint64_t{next} << 32 | word) >> (8 * misaligned));
+    word = next;
+  }
 }
 
 // ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -115,54 +125,80 @@ DCEXT_HOST_DEVICE uint32_t stream_symbols(const SeekBlock& block, int stream) {
   return stream < 3 ? each : block.size - 3 * each;
 }
 
-/** Reads a stream, which runs backwards from its last byte, from any bit on. */
+/** Reads a segment of a stream, which runs backwards, from any bit on. The bits to come are those of two words from bit
+ *  `used_` on, counted from the highest; another word is loaded ahead of its use. */
 class SegmentReader {
  public:
-  /** @param lowest   where the payload begins: words below are not read but taken for zeros.
+  /** @param lowest   where the payload begins; what is in front of it reads as its first word.
    *  @param top   the bit before which to begin, counted from `lowest`; inside the payload. */
-  DCEXT_HOST_DEVICE SegmentReader(const uint8_t* lowest, uint64_t top) : lowest_(lowest) {
-    const int partial = static_cast<int>(top % 32);
-    next_ = lowest + top / 32 * 4;
-    window_ = 0;
-    valid_ = 0;
-    if (partial != 0) {
-      window_ = static_cast<uint64_t>(load_word(next_)) << (64 - partial);
-      valid_ = partial;
+  DCEXT_HOST_DEVICE SegmentReader(const uint8_t* lowest, uint64_t top) {
+    const uint64_t in_front = top / 32;  // words
+    next_ = static_cast<int32_t>(in_front < kMaxWords ? in_front : kMaxWords);
+    words_ = reinterpret_cast<uintptr_t>(lowest) + (in_front - static_cast<uint32_t>(next_)) * 4;
+    window_ = uint64_t{load(next_)} << 32 | load(next_ - 1);
+    next_ -= 2;
+    ahead_ = load(next_);
+    used_ = 32 - static_cast<uint32_t>(top % 32);
+  }
+
+  /** Where the next code begins: bits above some fixed bit. */
+  DCEXT_HOST_DEVICE int32_t position() const { return next_ * 32 - static_cast<int32_t>(used_); }
+
+  /** Reads `count` symbols.
+   *  @param dst   room for that many bytes, aligned to 16. */
+  DCEXT_HOST_DEVICE void read(const uint16_t* entries, int table_log, uint32_t count, Quad* dst) {
+    const uint32_t quads = count / kQuadNbytes;
+    for (uint32_t i = 0; i < quads; ++i) dst[i] = next_quad(entries, table_log);
+    uint8_t* const bytes = reinterpret_cast<uint8_t*>(dst);
+    for (uint32_t i = quads * kQuadNbytes; i < count; ++i) {
+      refill();
+      bytes[i] = static_cast<uint8_t>(next_entry(entries, table_log));
     }
-    next_ -= 4;
-  }
-
-  /** Two symbols: the first in the low byte; `bits` grows by what they took. */
-  DCEXT_HOST_DEVICE uint32_t next_two(const uint16_t* entries, int table_log, uint32_t* bits) {
-    refill();
-    const uint32_t first = next_one(entries, table_log, bits);
-    return first | next_one(entries, table_log, bits) << 8;
-  }
-
-  /** One symbol; at least kMaxTableLog bits must be in the window. */
-  DCEXT_HOST_DEVICE uint32_t next_one(const uint16_t* entries, int table_log, uint32_t* bits) {
-    const uint32_t entry = entries[window_ >> (64 - table_log)];
-    const int length = static_cast<int>(entry >> 8);
-    window_ <<= length;
-    valid_ -= length;
-    *bits += static_cast<uint32_t>(length);
-    return entry & 255;
-  }
-
-  /** Afterwards the window has 32 bits or more: two symbols and a bit. */
-  DCEXT_HOST_DEVICE void refill() {
-    if (valid_ >= 32) return;
-    const uint64_t word = next_ >= lowest_ ? load_word(next_) : 0;
-    window_ |= word << (32 - valid_);
-    valid_ += 32;
-    next_ -= 4;
   }
 
  private:
-  const uint8_t* lowest_;
-  const uint8_t* next_;
+  /** More than a segment has, and its symbols at most take. */
+  static constexpr uint64_t kMaxWords = kSegmentSymbols * kMaxTableLog / 32 + 4;
+
+  DCEXT_HOST_DEVICE uint32_t load(int32_t index) const {
+    const uint32_t inside = static_cast<uint32_t>(index > 0 ? index : 0);
+    return load_word(reinterpret_cast<const uint32_t*>(words_) + inside);
+  }
+
+  /** Afterwards there are 32 bits or more: two codes and some. */
+  DCEXT_HOST_DEVICE void refill() {
+    if (used_ < 32) return;
+    used_ -= 32;
+    window_ = window_ << 32 | ahead_;
+    ahead_ = load(--next_);
+  }
+
+  /** The symbol in the lowest byte, others above; at least kMaxTableLog bits must be there. */
+  DCEXT_HOST_DEVICE uint32_t next_entry(const uint16_t* entries, int table_log) {
+    const uint32_t bits = static_cast<uint32_t>(window_ << used_ >> 32);
+    const uint32_t entry = entries[bits >> (32 - table_log)];
+    used_ += entry >> 8;
+    return entry;
+  }
+
+  DCEXT_HOST_DEVICE Quad next_quad(const uint16_t* entries, int table_log) {
+    Quad quad;
+    for (uint32_t& word : quad.words) {
+      refill();
+      const uint32_t first = next_entry(entries, table_log);
+      const uint32_t second = next_entry(entries, table_log);
+      refill();
+      const uint32_t third = next_entry(entries, table_log);
+      const uint32_t fourth = next_entry(entries, table_log);
+      word = (first & 255) | (second & 255) << 8 | (third & 255) << 16 | fourth << 24;
+    }
+    return quad;
+  }
+
+  uintptr_t words_;  ///< a number, or nvcc would add up the parts of a pointer at each load
+  int32_t next_;     ///< word that is in `ahead_`; below 0 where a damaged segment goes too far
+  uint32_t ahead_, used_;
   uint64_t window_;
-  int valid_;
 };
 
 /** The bit behind a stream's symbols: below the highest one of its last byte. 0 where that byte is zero.
@@ -206,50 +242,80 @@ DCEXT_HOST_DEVICE bool is_inside(const SeekBlock& block, const DecodeTarget& tar
   }
   const uint64_t behind = exceptions_offset(block) + uint64_t{block.num_exceptions} * 4;
   const uint64_t cols = block.tile_cols;
-  if (cols == 0 || block.tile_weights == 0 || block.tile_weights % cols != 0) return false;
+  if (cols == 0 || block.tile_weights % cols != 0) return false;
+  if (block.tile_weights == 0 || block.tile_weights > kMaxTileWeights) return false;
   const uint64_t row = block.dst / target.cols, col = block.dst % target.cols;
   return block.kind <= SeekKind::kRepeated && block.filter <= 5 && block.size > 0 &&
          block.size <= kMaxBlockNbytes &&
          uint64_t{block.first} + block.size <= content_nbytes(block) && block.src <= nbytes &&
          src_nbytes <= nbytes - block.src && block.planes <= nbytes && behind <= nbytes &&
-         col + cols <= target.cols && row + block.tile_weights / cols <= target.rows;
+         col + cols <= target.cols && row < target.rows &&
+         block.tile_weights / cols <= target.rows - row;
 }
 
-/** Writes the weights of content bytes to their places, four at a time where they lie well. Keeps what it needs of the
- *  block, which the stores might alias. */
+/** Writes the weights of content bytes to their places. Keeps what every write needs of the block, which the stores
+ *  might alias. */
 class TileWriter {
  public:
   DCEXT_HOST_DEVICE TileWriter(const SeekBlock& block, const DecodeTarget& target)
       : tile_(target.out + block.dst),
         planes_(target.payload + block.planes),
-        exceptions_(target.payload + exceptions_offset(block)),
-        cols_(target.cols),
+        cols_(static_cast<uint32_t>(target.cols)),
         tile_cols_(block.tile_cols),
         weights_(block.tile_weights),
-        first_(block.first),
-        size_(block.size),
         low_bits_(low_bits(block)),
         pairs_(has_pairs(block)),
-        is_aligned_(is_dense() && reinterpret_cast<uintptr_t>(tile_) % 4 == 0) {}
+        is_aligned_(reinterpret_cast<uintptr_t>(tile_) % kQuadNbytes == 0 &&
+                    (is_dense() || (tile_cols_ % kQuadNbytes == 0 && cols_ % kQuadNbytes == 0))) {}
 
-  /** @param position   of the first of the bytes in the tile's content.
-   *  @param bytes   the first one in the lowest eight bits.
-   *  @param count   1 to 4. */
-  DCEXT_HOST_DEVICE void write(uint32_t position, uint32_t bytes, int count) const {
-    if (count == 4 && position % 4 == 0) {
-      write_four(position, bytes);
-    } else {
-      for (int i = 0; i < count; ++i) write_byte(position + i, bytes >> (8 * i) & 255);
+  /** Writes the weights of 16 bytes at once, where they lie for it: whole, aligned, in one row.
+   *  @param position   of the first of them in the tile's content.
+   *  @return whether it did; otherwise they are written one by one. */
+  DCEXT_HOST_DEVICE bool write_quad(uint32_t position, const Quad& bytes) const {
+    if (!is_aligned_ || position % kQuadNbytes != 0) return false;
+    if (!pairs_ && low_bits_ == 0) {
+      store(position, bytes);
+      return true;
+    }
+    const uint32_t place = pairs_ ? first_of_pair(position) : position;
+    if (pairs_ && place + 64 + kQuadNbytes > weights_) return false;  // filling, perhaps
+    Quad lows{};
+    if (low_bits_ != 0) load_words(lows_at(place), lows.words);
+    const uint32_t shift = lows_shift(place);
+    if (!pairs_) {
+      store(place, joined(bytes, lows, shift));
+      return true;
+    }
+    for (uint32_t half = 0; half < 2; ++half) {
+      Quad highs;
+      for (int i = 0; i < 4; ++i) highs.words[i] = half_highs(bytes.words[i], half);
+      store(place + 64 * half, joined(highs, lows, shift + 4 * half));
+    }
+    return true;
+  }
+
+  /** Writes the weights of one byte. */
+  DCEXT_HOST_DEVICE void write_byte(uint32_t position, uint32_t byte) const {
+    if (!pairs_) {
+      *at(position) = joined_byte(byte, position);
+      return;
+    }
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t p = first_of_pair(position) + 64 * half;
+      if (p < weights_) *at(p) = joined_byte(half_highs(byte, half), p);
     }
   }
 
-  /** Writes exception `index` if its place is in the block; false where it is behind the tile. */
-  DCEXT_HOST_DEVICE bool write_exception(uint32_t index) const {
-    const uint32_t stored = load_four(exceptions_ + uint64_t{index} * 4);
-    const uint32_t place = stored >> 8;
+  /** Writes exception `index` of the tile if its place is in the block; false where it is behind the tile. */
+  DCEXT_HOST_DEVICE bool write_exception(const SeekBlock& block, const DecodeTarget& target,
+                                         uint32_t index) const {
+    const uint64_t offset = exceptions_offset(block) + uint64_t{index} * 4;
+    uint32_t stored[1];
+    load_words(target.payload + offset, stored);
+    const uint32_t place = stored[0] >> 8;
     if (place >= weights_) return false;
     const uint32_t position = pairs_ ? place / 128 * 64 + place % 64 : place;
-    if (position - first_ < size_) *at(place) = static_cast<int8_t>(stored & 255);
+    if (position - block.first < block.size) *at(place) = static_cast<int8_t>(stored[0] & 255);
     return true;
   }
 
@@ -258,69 +324,61 @@ class TileWriter {
 
   DCEXT_HOST_DEVICE int8_t* at(uint32_t place) const {
     if (is_dense()) return tile_ + place;
-    return tile_ + place / tile_cols_ * cols_ + place % tile_cols_;
+    return tile_ + uint64_t{place / tile_cols_} * cols_ + place % tile_cols_;
   }
 
-  /** Low bits of the weight at `place`, and of the three behind it where `count` is 4 (place % 4 == 0). */
-  DCEXT_HOST_DEVICE uint32_t lows(uint32_t place, int count) const {
-    if (low_bits_ == 0) return 0;
-    const uint32_t stride = 16 * low_bits_, in_group = place % 128;
-    const uint8_t* stored = planes_ + uint64_t{place / 128} * stride + in_group % stride;
-    const uint32_t shift = in_group / stride * low_bits_;
+  /** Where the low bits of the weight at `place` are: in the byte at lows_at(), from bit lows_shift() on. Those of the
+   *  weights behind it follow in the next bytes, up to a multiple of 32; those of the weight 64 places behind it in the
+   *  first half of a group are in the same byte, four bits higher. */
+  DCEXT_HOST_DEVICE const uint8_t* lows_at(uint32_t place) const {
+    const uint32_t stride = 1u << stride_log();
+    return planes_ + uint64_t{place / 128} * stride + (place & (stride - 1));
+  }
+  DCEXT_HOST_DEVICE uint32_t lows_shift(uint32_t place) const {
+    return (place % 128 >> stride_log()) * low_bits_;
+  }
+  /** Of the bytes that the low bits of a group take: 32 or 64. */
+  DCEXT_HOST_DEVICE uint32_t stride_log() const { return 4 + low_bits_ / 2; }
+
+  DCEXT_HOST_DEVICE int8_t joined_byte(uint32_t high, uint32_t place) const {
+    if (low_bits_ == 0) return static_cast<int8_t>(high & 255);
+    const uint32_t low = *lows_at(place) >> lows_shift(place) & ((1u << low_bits_) - 1);
+    return static_cast<int8_t>((high << low_bits_ & 255) | low);
+  }
+
+  /** Weights from highs and low bits, a byte each; the latter from bit `shift` on. */
+  DCEXT_HOST_DEVICE Quad joined(const Quad& highs, const Quad& lows, uint32_t shift) const {
+    if (low_bits_ == 0) return highs;
     const uint32_t mask = low_bits_ == 2 ? 0x03030303u : 0x0f0f0f0fu;
-    return (count == 4 ? load_four(stored) : *stored) >> shift & mask;
+    Quad weights;
+    for (int i = 0; i < 4; ++i) {
+      weights.words[i] = (highs.words[i] << low_bits_ & ~mask) | (lows.words[i] >> shift & mask);
+    }
+    return weights;
   }
 
-  /** Weights from highs (a byte each) and low bits. */
-  DCEXT_HOST_DEVICE uint32_t joined(uint32_t highs, uint32_t place, int count) const {
-    const uint32_t mask = low_bits_ == 0 ? ~0u : low_bits_ == 2 ? 0xfcfcfcfcu : 0xf0f0f0f0u;
-    return (highs << low_bits_ & mask) | lows(place, count);
+  /** Where the first of the two weights belongs that share a byte; the other one's place is 64 behind. */
+  DCEXT_HOST_DEVICE static uint32_t first_of_pair(uint32_t position) {
+    return position + (position & ~63u);
   }
 
   /** Highs of one half of pairs: value - 8 in each byte, without borrows between them. */
-  DCEXT_HOST_DEVICE static uint32_t half_highs(uint32_t bytes, int half) {
+  DCEXT_HOST_DEVICE static uint32_t half_highs(uint32_t bytes, uint32_t half) {
     const uint32_t nibbles = bytes >> (4 * half) & 0x0f0f0f0fu;
     return ((nibbles | 0x80808080u) - 0x08080808u) ^ 0x80808080u;
   }
 
-  DCEXT_HOST_DEVICE void write_byte(uint32_t position, uint32_t byte) const {
-    if (!pairs_) {
-      *at(position) = static_cast<int8_t>(joined(byte, position, 1));
-      return;
-    }
-    const uint32_t place = position / 64 * 128 + position % 64;
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t p = place + 64 * half;
-      if (p < weights_) *at(p) = static_cast<int8_t>(joined(half_highs(byte, half), p, 1));
-    }
-  }
-
-  DCEXT_HOST_DEVICE void write_four(uint32_t position, uint32_t bytes) const {
-    if (!pairs_) return store_four(position, joined(bytes, position, 4));
-    const uint32_t place = position / 64 * 128 + position % 64;
-    store_four(place, joined(half_highs(bytes, 0), place, 4));
-    store_four(place + 64, joined(half_highs(bytes, 1), place + 64, 4));
-  }
-
-  DCEXT_HOST_DEVICE void store_four(uint32_t place, uint32_t weights) const {
-    if (is_aligned_ && place + 4 <= weights_) {
+  DCEXT_HOST_DEVICE void store(uint32_t place, const Quad& weights) const {
 #if defined(__CUDA_ARCH__)
-      *reinterpret_cast<uint32_t*>(tile_ + place) = weights;
+    *reinterpret_cast<Quad*>(at(place)) = weights;
 #else
-      std::memcpy(tile_ + place, &weights, sizeof(weights));
+    std::memcpy(at(place), &weights, sizeof(weights));
 #endif
-      return;
-    }
-    for (uint32_t i = 0; i < 4; ++i) {
-      if (place + i < weights_) *at(place + i) = static_cast<int8_t>(weights >> (8 * i) & 255);
-    }
   }
 
   int8_t* tile_;
   const uint8_t* planes_;
-  const uint8_t* exceptions_;
-  uint64_t cols_;
-  uint32_t tile_cols_, weights_, first_, size_;
+  uint32_t cols_, tile_cols_, weights_;
   uint32_t low_bits_;
   bool pairs_, is_aligned_;
 };

@@ -4,15 +4,20 @@
 // Launch: one CUDA block of four warps per zstd block (at most 128 KiB), for all blocks of all matrices. Warp w takes
 //   stream w, lane l its segment l of 1,024 symbols. The table is built once (2,048 entries of two bytes).
 //   Raw and repeated blocks are copied by all threads.
-// Output: a lane decodes 128 bytes of its segment into shared memory, then the warp writes 32 times 128 bytes, a row of
-//   words at a time, undoing the filter on the way: stores of whole lines, where lanes alone would write 4 bytes each
-//   1,024 bytes apart. Rows of the staging buffer are padded by a word, so that neither side has bank conflicts.
-// Input: a lane reads its stream a word at a time, from the back. Lines are its own, and read from the L1 cache 31 times
-//   of 32.
-// Shared memory: 22 KiB a block (table 4.4, staging 16.9), so ten blocks or 1,280 threads an SM of sm_90.
-// What should limit it: the chain of a symbol (index, look-up in shared memory, shift: about 45 cycles), as long as
-//   segments are fewer than threads (132 SMs hold 169,000, the segments of 165 MiB); then the issue of instructions, see
-//   bench/gpu/README.md for the counts.
+// Output: a lane decodes a line, 64 bytes of its segment, into shared memory; then the warp writes 32 lines, 16 bytes a
+//   thread and four threads a line, undoing the filter on the way: whole sectors, where lanes alone would write 16 bytes
+//   each 1,024 bytes apart. Bytes that are not whole, aligned quads are written one by one.
+// Input: a lane reads its stream a word at a time, from the back, a word ahead of its use. A sector serves eight words
+//   if it stays in the L1 cache meanwhile: the 1,024 lanes of an SM use as many lines, 128 KiB, and sm_90 has 124 beside
+//   what shared memory takes.
+// Resources: 64 registers, no spills, 14.4 KiB of shared memory (table 4.3, staging 10): eight blocks or 1,024 threads an
+//   SM of sm_80, sm_90 and sm_100; six of sm_120, by shared memory.
+// Instructions (SASS of sm_90, nvcc 13.0): 10.6 a symbol to decode, 4.5 of them to refill; to write, 1.4 a symbol without a
+//   filter, 5.4 with low bits, 5.2 with pairs and 9.6 with both, where a symbol is two weights.
+// What should limit it: the chain of a symbol (shift, index, look-up in shared memory, length: about 45 cycles), as long
+//   as segments are fewer than threads (132 SMs hold 135,000, the segments of 132 MiB). Then, of symbols a clock and SM:
+//   10 by the issue of instructions (128 lanes, 12 each, without a filter), 9 by the banks of shared memory (32 look-ups
+//   at random take about 3.5 turns).
 // Tested without a GPU by running this file on threads of a CPU (tests/emulated/), where a missing barrier is a data race.
 // Measured: nothing yet.
 
@@ -25,12 +30,13 @@ namespace dcext {
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kMaxStreams;
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kBlocksPerSm = 8;  // at least, so at most 64 registers
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int kStagedBytes = 128;  // of a lane: a line of the output
-constexpr int kStagedWords = kStagedBytes / 4;
-constexpr int kStagedStride = kStagedWords + 1;  // words; odd, so that lanes hit different banks
+constexpr int kStagedNbytes = 64;  // of a lane, a line: two whole sectors of the output
+constexpr int kQuadsPerLine = kStagedNbytes / static_cast<int>(kQuadNbytes);
+constexpr int kStagedStride = kQuadsPerLine + 1;  // quads; odd, so that lanes hit different banks
 static_assert(kMaxSegments == kWarpSize, "a lane for each segment of a stream");
-static_assert(kSegmentSymbols % kStagedBytes == 0, "segments are staged in whole lines");
+static_assert(kSegmentSymbols % kStagedNbytes == 0, "segments are staged in whole lines");
 
 struct Jobs {
   DecodeJob jobs[kMaxDecodeJobs];
@@ -42,7 +48,7 @@ static_assert(sizeof(Jobs) + 64 <= 4096, "arguments of a kernel have 4 KiB on ev
 struct Shared {
   HuffmanTable table;
   bool table_ok;
-  uint32_t staged[kWarps][kWarpSize * kStagedStride];
+  Quad staged[kWarps][kWarpSize][kStagedStride];
 };
 
 __device__ void report(int32_t* failures, int32_t failure) { atomicOr(failures, failure); }
@@ -64,66 +70,49 @@ __device__ void build_table(const SeekBlock& block, Shared* shared) {
   __syncthreads();
 }
 
-/** A segment's part of the work of its warp: symbols that a lane has to decode, and where they belong. */
-struct Segment {
-  uint32_t position;  // of the first symbol in the tile's content
-  uint32_t count;
-  uint32_t bits;  // that the index says it takes
-  uint64_t top;
-};
-
-/** Where this lane begins: the bits of the segments before it are added up across the warp.
- *  @return whether the stream is as long as its segments together. */
+/** Where the segment of this lane begins: the bits of those before it are added up across the warp.
+ *  @param count   symbols of the segment's first line, 0 where the stream has no such segment.
+ *  @param top, bits   receive the bit before which it begins, and how many the index says it takes.
+ *  @return whether the stream is as long as its segments together; the same in all lanes. */
 __device__ bool find_segment(const SeekBlock& block, const DecodeTarget& target, int stream,
-                             int lane, Segment* segment) {
+                             int lane, int32_t count, uint64_t* top, uint32_t* bits) {
   uint64_t begin = block.src;
   for (int i = 0; i < stream; ++i) begin += block.stream_nbytes[i];
-  const uint64_t top = stream_top(target, begin + block.stream_nbytes[stream]);
-  const uint32_t total = stream_symbols(block, stream);
-  const uint32_t done = static_cast<uint32_t>(lane) * kSegmentSymbols;
-  segment->count = done < total ? min(total - done, static_cast<uint32_t>(kSegmentSymbols)) : 0;
-  segment->bits = segment->count == 0 ? 0 : block.segment_bits[stream][lane];
-  uint32_t sum = segment->bits;
+  const uint64_t stream_end = stream_top(target, begin + block.stream_nbytes[stream]);
+  *bits = count == 0 ? 0 : block.segment_bits[stream][lane];
+  uint32_t sum = *bits;
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     const uint32_t other = __shfl_up_sync(kFullWarp, sum, distance);
     if (lane >= distance) sum += other;
   }
-  const uint32_t all = __shfl_sync(kFullWarp, sum, kWarpSize - 1);
-  segment->position = block.first + static_cast<uint32_t>(stream) * stream_symbols(block, 0) + done;
-  if (top != begin * 8 + all) return false;
-  segment->top = top - (sum - segment->bits);
-  return true;
+  *top = stream_end - (sum - *bits);
+  return stream_end == begin * 8 + __shfl_sync(kFullWarp, sum, kWarpSize - 1);
 }
 
-/** Decodes up to kStagedBytes symbols of a lane into its row of the staging buffer. */
-__device__ void decode_line(const uint16_t* entries, int table_log, uint32_t count,
-                            SegmentReader* reader, uint32_t* row, uint32_t* bits) {
-  const uint32_t words = count / 4;
-  for (uint32_t i = 0; i < words; ++i) {
-    const uint32_t low = reader->next_two(entries, table_log, bits);
-    row[i] = low | reader->next_two(entries, table_log, bits) << 16;
-  }
-  if (count % 4 == 0) return;
-  uint32_t word = 0;
-  for (uint32_t i = 0; i < count % 4; ++i) {
-    reader->refill();
-    word |= reader->next_one(entries, table_log, bits) << (8 * i);
-  }
-  row[words] = word;
+/** Symbols of a segment's next line.
+ *  @param left   symbols of the stream from the first segment's line on; not positive where that has none. */
+__device__ int32_t line_symbols(int32_t left, int segment) {
+  return min(max(left - segment * kSegmentSymbols, 0), kStagedNbytes);
 }
 
-/** The warp writes what its lanes have staged: lane by lane a line, of which each thread has a word. */
-__device__ void write_lines(const TileWriter& writer, const uint32_t* staged, int lane,
-                            uint32_t position, uint32_t count) {
-  for (int row = 0; row < kWarpSize; ++row) {
-    const uint32_t row_count = __shfl_sync(kFullWarp, count, row);
-    const uint32_t row_position = __shfl_sync(kFullWarp, position, row);
-    if (row_count == 0) break;  // segments are full but for the last
-    const uint32_t offset = static_cast<uint32_t>(lane) * 4;
-    if (offset >= row_count) continue;
-    const uint32_t word = staged[row * kStagedStride + lane];
-    writer.write(row_position + offset, word, static_cast<int>(min(row_count - offset, 4u)));
+/** The warp writes what its lanes have staged, 16 bytes a thread.
+ *  @param position   of the first segment's line in the tile's content. */
+__device__ void write_lines(const TileWriter& writer, const Quad (*staged)[kStagedStride], int lane,
+                            uint32_t position, int32_t left) {
+  constexpr int kNbytes = kQuadNbytes, kRows = kWarpSize / kQuadsPerLine;  // at once
+  const int row = lane / kQuadsPerLine, quad = lane % kQuadsPerLine;
+  const Quad* src = &staged[row][quad];
+  int32_t offset = row * kSegmentSymbols + quad * kNbytes;
+  for (int i = 0; i < kQuadsPerLine; ++i) {
+    if (offset + kNbytes > left || !writer.write_quad(position + offset, *src)) {
+      const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(src);
+      for (int32_t j = 0; j < min(left - offset, kNbytes); ++j) {
+        writer.write_byte(position + offset + j, bytes[j]);
+      }
+    }
+    src += kRows * kStagedStride;
+    offset += kRows * kSegmentSymbols;
   }
 }
 
@@ -137,49 +126,54 @@ __device__ void decode_streams(const SeekBlock& block, const DecodeTarget& targe
     return;
   }
   if (stream >= block.num_streams) return;
-  Segment segment;
-  if (!find_segment(block, target, stream, lane, &segment)) {  // the same in all lanes
+  int32_t left = static_cast<int32_t>(stream_symbols(block, stream));
+  uint64_t top;
+  uint32_t bits;
+  if (!find_segment(block, target, stream, lane, line_symbols(left, lane), &top, &bits)) {
     if (lane == 0) report(failures, kDecodeBadStream);
     return;
   }
   const int table_log = block.table_log;
-  uint32_t* const staged = shared->staged[stream];
-  SegmentReader reader(target.payload, segment.top);
-  uint32_t bits = 0, left = segment.count;
-  for (int line = 0; line < kSegmentSymbols / kStagedBytes; ++line) {
-    const uint32_t count = min(left, static_cast<uint32_t>(kStagedBytes));
-    decode_line(shared->table.entries, table_log, count, &reader, staged + lane * kStagedStride,
-                &bits);
+  uint32_t position = block.first + static_cast<uint32_t>(stream) * stream_symbols(block, 0);
+  Quad(*const staged)[kStagedStride] = shared->staged[stream];
+  SegmentReader reader(target.payload, top);
+  const int32_t end = reader.position() - static_cast<int32_t>(bits);
+  for (int line = 0; line < kSegmentSymbols / kStagedNbytes; ++line) {
+    reader.read(shared->table.entries, table_log, line_symbols(left, lane), staged[lane]);
     __syncwarp();
-    write_lines(writer, staged, lane, segment.position + line * kStagedBytes, count);
+    write_lines(writer, staged, lane, position, left);
     __syncwarp();
-    left -= count;
+    left -= kStagedNbytes;
+    position += kStagedNbytes;
   }
-  if (bits != segment.bits) report(failures, kDecodeBadStream);
+  if (reader.position() != end) report(failures, kDecodeBadStream);
 }
 
 __device__ void copy_block(const SeekBlock& block, const DecodeTarget& target,
                            const TileWriter& writer) {
   const uint8_t* src = target.payload + block.src;
   const bool repeated = block.kind == SeekKind::kRepeated;
-  const uint32_t words = block.size / 4;
-  for (uint32_t i = threadIdx.x; i < words; i += kThreads) {
-    const uint32_t bytes = repeated ? *src * 0x01010101u : load_four(src + uint64_t{i} * 4);
-    writer.write(block.first + i * 4, bytes, 4);
-  }
-  if (threadIdx.x < block.size % 4) {
-    const uint32_t i = words * 4 + threadIdx.x;
-    writer.write(block.first + i, repeated ? *src : src[i], 1);
+  for (uint32_t i = threadIdx.x * kQuadNbytes; i < block.size; i += kThreads * kQuadNbytes) {
+    const uint32_t count = min(block.size - i, kQuadNbytes);
+    if (count == kQuadNbytes) {
+      const uint32_t word = *src * 0x01010101u;
+      Quad bytes{{word, word, word, word}};
+      if (!repeated) load_words(src + i, bytes.words);
+      if (writer.write_quad(block.first + i, bytes)) continue;
+    }
+    for (uint32_t j = i; j < i + count; ++j) {
+      writer.write_byte(block.first + j, src[repeated ? 0 : j]);
+    }
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     decode_indexed_kernel(const __grid_constant__ Jobs jobs,  // by first_block, ascending
                           int32_t* __restrict__ failures) {   // one word
   __shared__ Shared shared;
   int index = 0;
   while (index + 1 < jobs.count && int64_t{blockIdx.x} >= jobs.first_block[index + 1]) ++index;
-  const DecodeTarget target = jobs.jobs[index].target;
+  const DecodeTarget& target = jobs.jobs[index].target;
   const SeekBlock& block = jobs.jobs[index].blocks[int64_t{blockIdx.x} - jobs.first_block[index]];
   if (!is_inside(block, target)) {  // the same in all threads
     if (threadIdx.x == 0) report(failures, kDecodeBadIndex);
@@ -193,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();  // exceptions replace what other threads wrote
   for (uint32_t i = threadIdx.x; i < block.num_exceptions; i += kThreads) {
-    if (!writer.write_exception(i)) report(failures, kDecodeBadException);
+    if (!writer.write_exception(block, target, i)) report(failures, kDecodeBadException);
   }
 }
 
