@@ -182,7 +182,7 @@ void pack_weights(const Tree& tree, SeekBlock* block) {
 
 // The literals section of a compressed block (RFC 8878, 3.1.1.3.1), up to its end.
 SeekResult read_literals(const uint8_t* payload, Bytes* src, Tree* tree, SeekBlock* block) {
-  if (src->nbytes < 3) return SeekResult::kCorrupt;
+  if (src->nbytes < 2) return SeekResult::kCorrupt;
   enum { kRawLiterals, kRepeatedLiterals, kCompressedLiterals, kTreelessLiterals };
   const int type = src->data[0] & 3, format = src->data[0] >> 2 & 3;
   uint64_t header = 0;
@@ -193,8 +193,10 @@ SeekResult read_literals(const uint8_t* payload, Bytes* src, Tree* tree, SeekBlo
                                         : format == 3 ? header >> 4 & 0xfffff
                                                       : header >> 3 & 31);
     const size_t stored = type == kRawLiterals ? block->size : 1;
+    if (block->size > kMaxBlockNbytes || src->nbytes < header_nbytes + stored) {
+      return SeekResult::kCorrupt;
+    }
     src->skip(header_nbytes);
-    if (block->size > kMaxBlockNbytes || src->nbytes < stored) return SeekResult::kCorrupt;
     block->kind = type == kRawLiterals ? SeekKind::kRaw : SeekKind::kRepeated;
     block->src = static_cast<uint64_t>(src->data - payload);
     src->skip(stored);
@@ -214,7 +216,7 @@ SeekResult read_literals(const uint8_t* payload, Bytes* src, Tree* tree, SeekBlo
     if (result != SeekResult::kIndexed) return result;
   }
   block->num_streams = format == 0 ? 1 : 4;
-  const bool sized = block->size >= (format == 0 ? 1 : 6) && block->size <= kMaxBlockNbytes;
+  const bool sized = block->size >= (format == 0 ? 0 : 6) && block->size <= kMaxBlockNbytes;
   if (!tree->valid || !sized) return SeekResult::kCorrupt;
   if (format != 0) {  // the sizes of the first three streams, two bytes each
     if (streams.nbytes < 6) return SeekResult::kCorrupt;
