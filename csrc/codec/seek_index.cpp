@@ -278,9 +278,8 @@ SeekResult read_frame(const uint8_t* payload, const Chunk& chunk, uint64_t conte
   const bool is_plain =
       header.frameType == ZSTD_frame && header.dictID == 0 && header.checksumFlag == 0;
   if (!is_plain) return SeekResult::kOutsideProfile;
-  if (header.frameContentSize != ZSTD_CONTENTSIZE_UNKNOWN && header.frameContentSize != content) {
-    return SeekResult::kCorrupt;
-  }
+  const bool sized = header.frameContentSize != ZSTD_CONTENTSIZE_UNKNOWN;
+  if (sized && header.frameContentSize > content) return SeekResult::kCorrupt;
   src.skip(header.headerSize);
   Tree tree;
   uint64_t first = 0;
@@ -294,8 +293,9 @@ SeekResult read_frame(const uint8_t* payload, const Chunk& chunk, uint64_t conte
     first += block.size;
     if (block.size != 0) blocks->push_back(block);
   }
-  if (first != content) return SeekResult::kCorrupt;
-  return src.nbytes == 0 ? SeekResult::kIndexed : SeekResult::kOutsideProfile;  // another frame
+  if (sized && first != header.frameContentSize) return SeekResult::kCorrupt;
+  if (src.nbytes != 0) return SeekResult::kOutsideProfile;  // another frame, with the rest
+  return first == content ? SeekResult::kIndexed : SeekResult::kCorrupt;
 }
 
 // Positions of exceptions lie below the tile's size. One that occurs twice, which our writer never does, would make the
