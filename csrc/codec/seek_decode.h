@@ -207,12 +207,14 @@ DCEXT_HOST_DEVICE bool is_inside(const SeekBlock& block, const DecodeTarget& tar
   const uint64_t behind = exceptions_offset(block) + uint64_t{block.num_exceptions} * 4;
   const uint64_t cols = block.tile_cols;
   if (cols == 0 || block.tile_weights == 0 || block.tile_weights % cols != 0) return false;
+  if (target.cols == 0 || block.tile_weights > kMaxTileWeights) return false;
   const uint64_t row = block.dst / target.cols, col = block.dst % target.cols;
   return block.kind <= SeekKind::kRepeated && block.filter <= 5 && block.size > 0 &&
          block.size <= kMaxBlockNbytes &&
          uint64_t{block.first} + block.size <= content_nbytes(block) && block.src <= nbytes &&
          src_nbytes <= nbytes - block.src && block.planes <= nbytes && behind <= nbytes &&
-         col + cols <= target.cols && row + block.tile_weights / cols <= target.rows;
+         col + cols <= target.cols && row <= target.rows &&
+         block.tile_weights / cols <= target.rows - row;
 }
 
 /** Writes the weights of content bytes to their places, four at a time where they lie well. Keeps what it needs of the
