@@ -129,7 +129,6 @@ class SegmentReader {
       window_ = static_cast<uint64_t>(load_word(next_)) << (64 - partial);
       valid_ = partial;
     }
-    next_ -= 4;
   }
 
   /** Two symbols: the first in the low byte; `bits` grows by what they took. */
@@ -152,15 +151,18 @@ class SegmentReader {
   /** Afterwards the window has 32 bits or more: two symbols and a bit. */
   DCEXT_HOST_DEVICE void refill() {
     if (valid_ >= 32) return;
-    const uint64_t word = next_ >= lowest_ ? load_word(next_) : 0;
+    uint64_t word = 0;
+    if (next_ > lowest_) {
+      next_ -= 4;
+      word = load_word(next_);
+    }
     window_ |= word << (32 - valid_);
     valid_ += 32;
-    next_ -= 4;
   }
 
  private:
   const uint8_t* lowest_;
-  const uint8_t* next_;
+  const uint8_t* next_;  ///< behind the word that comes next; never below `lowest_`
   uint64_t window_;
   int valid_;
 };
