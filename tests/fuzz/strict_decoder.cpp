@@ -97,9 +97,10 @@ SeekResult StrictDecoder::decode_huffman(int format, bool treeless, const uint8_
   }
   if (!has_tree_ || size > block_size_max_) return kCorrupt;
   if (format == 0) {
-    if (src_ == end || !decode_stream(src_, static_cast<size_t>(end - src_), size)) return kCorrupt;
+    const bool whole = src_ != end && decode_stream(src_, static_cast<size_t>(end - src_), size);
+    *lax_ = !whole && treeless;
     src_ = end;
-    return kOk;
+    return whole ? kOk : kCorrupt;
   }
   if (size < 6 || end - src_ < 10) return kCorrupt;
   size_t sizes[4] = {take_le(2), take_le(2), take_le(2), 0};
