@@ -242,7 +242,7 @@ DCEXT_HOST_DEVICE bool is_inside(const SeekBlock& block, const DecodeTarget& tar
   }
   const uint64_t behind = exceptions_offset(block) + uint64_t{block.num_exceptions} * 4;
   const uint64_t cols = block.tile_cols;
-  if (cols == 0 || block.tile_weights % cols != 0) return false;
+  if (cols == 0 || target.cols == 0 || block.tile_weights % cols != 0) return false;
   if (block.tile_weights == 0 || block.tile_weights > kMaxTileWeights) return false;
   const uint64_t row = block.dst / target.cols, col = block.dst % target.cols;
   return block.kind <= SeekKind::kRepeated && block.filter <= 5 && block.size > 0 &&

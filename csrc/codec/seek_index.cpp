@@ -182,7 +182,7 @@ void pack_weights(const Tree& tree, SeekBlock* block) {
 
 // The literals section of a compressed block (RFC 8878, 3.1.1.3.1), up to its end.
 SeekResult read_literals(const uint8_t* payload, Bytes* src, Tree* tree, SeekBlock* block) {
-  if (src->nbytes < 3) return SeekResult::kCorrupt;
+  if (src->nbytes < 2) return SeekResult::kCorrupt;
   enum { kRawLiterals, kRepeatedLiterals, kCompressedLiterals, kTreelessLiterals };
   const int type = src->data[0] & 3, format = src->data[0] >> 2 & 3;
   uint64_t header = 0;
@@ -193,8 +193,10 @@ SeekResult read_literals(const uint8_t* payload, Bytes* src, Tree* tree, SeekBlo
                                         : format == 3 ? header >> 4 & 0xfffff
                                                       : header >> 3 & 31);
     const size_t stored = type == kRawLiterals ? block->size : 1;
+    if (block->size > kMaxBlockNbytes || src->nbytes < header_nbytes + stored) {
+      return SeekResult::kCorrupt;
+    }
     src->skip(header_nbytes);
-    if (block->size > kMaxBlockNbytes || src->nbytes < stored) return SeekResult::kCorrupt;
     block->kind = type == kRawLiterals ? SeekKind::kRaw : SeekKind::kRepeated;
     block->src = static_cast<uint64_t>(src->data - payload);
     src->skip(stored);
@@ -214,7 +216,7 @@ SeekResult read_literals(const uint8_t* payload, Bytes* src, Tree* tree, SeekBlo
     if (result != SeekResult::kIndexed) return result;
   }
   block->num_streams = format == 0 ? 1 : 4;
-  const bool sized = block->size >= (format == 0 ? 1 : 6) && block->size <= kMaxBlockNbytes;
+  const bool sized = block->size >= (format == 0 ? 0 : 6) && block->size <= kMaxBlockNbytes;
   if (!tree->valid || !sized) return SeekResult::kCorrupt;
   if (format != 0) {  // the sizes of the first three streams, two bytes each
     if (streams.nbytes < 6) return SeekResult::kCorrupt;
@@ -276,9 +278,8 @@ SeekResult read_frame(const uint8_t* payload, const Chunk& chunk, uint64_t conte
   const bool is_plain =
       header.frameType == ZSTD_frame && header.dictID == 0 && header.checksumFlag == 0;
   if (!is_plain) return SeekResult::kOutsideProfile;
-  if (header.frameContentSize != ZSTD_CONTENTSIZE_UNKNOWN && header.frameContentSize != content) {
-    return SeekResult::kCorrupt;
-  }
+  const bool sized = header.frameContentSize != ZSTD_CONTENTSIZE_UNKNOWN;
+  if (sized && header.frameContentSize > content) return SeekResult::kCorrupt;
   src.skip(header.headerSize);
   Tree tree;
   uint64_t first = 0;
@@ -292,8 +293,9 @@ SeekResult read_frame(const uint8_t* payload, const Chunk& chunk, uint64_t conte
     first += block.size;
     if (block.size != 0) blocks->push_back(block);
   }
-  if (first != content) return SeekResult::kCorrupt;
-  return src.nbytes == 0 ? SeekResult::kIndexed : SeekResult::kOutsideProfile;  // another frame
+  if (sized && first != header.frameContentSize) return SeekResult::kCorrupt;
+  if (src.nbytes != 0) return SeekResult::kOutsideProfile;  // another frame, with the rest
+  return first == content ? SeekResult::kIndexed : SeekResult::kCorrupt;
 }
 
 // Positions of exceptions lie below the tile's size. One that occurs twice, which our writer never does, would make the
