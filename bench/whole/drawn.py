@@ -31,6 +31,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "vocab_size": 128256,
     },
+    # Those of Llama-3.2-1B, 1.2e9 weights.
+    "Llama 1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+    },
+    # For Triton's interpreter.
+    "tiniest": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": 64,
+    },
     "tiny": {
         "hidden_size": 256,
         "intermediate_size": 512,
@@ -102,7 +122,7 @@ def pools(integers: str, size: int = POOL_SIZE) -> tuple[Pool, Pool]:
     return layers, Pool(normal(size, EMBEDDING_SIGMA, generator), seed=2)
 
 
-def drawn_model(shape: str, integers: str, codec: str | None) -> Any:
+def drawn_model(shape: str, integers: str, codec: str | None, pool_size: int = POOL_SIZE) -> Any:
     """A Llama whose embedding and ``lm_head`` are one matrix, computing in bfloat16.
 
     Made on the meta device and filled layer by layer, so that memory peaks at little more than the model.
@@ -111,6 +131,7 @@ def drawn_model(shape: str, integers: str, codec: str | None) -> Any:
         shape: one of ``SHAPES``.
         integers: as for ``pools``.
         codec: of the weights, as for ``dcext.encode``; None for plain bfloat16.
+        pool_size: integers that are drawn.
     """
     from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -120,7 +141,7 @@ def drawn_model(shape: str, integers: str, codec: str | None) -> Any:
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, dtype="bfloat16")
     with init_empty_weights(include_buffers=False):
         model = LlamaForCausalLM(config)
-    of_layers, of_embeddings = pools(integers)
+    of_layers, of_embeddings = pools(integers, pool_size)
     names = {n: m for n, m in model.model.named_modules() if isinstance(m, nn.Linear)}
     for name, linear in names.items():
         model.model.set_submodule(name, filled(linear, of_layers, codec))
