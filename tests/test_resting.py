@@ -152,6 +152,11 @@ def test_frames_with_matches_rest_raw():
     with pytest.warns(UserWarning, match="zstd level 19 has matches"):
         weight = IndexedWeight(payload, "cpu")
     assert torch.equal(weight.qweight(), repeats)
+    module = dcext.DCLinear(payload, torch.ones(len(repeats)))
+    with pytest.warns(UserWarning, match="rests as raw INT8"):
+        module._rest_on(torch.device("cpu"))
+    assert module.codec == "raw"
+    assert torch.equal(dcext.decode(module.payload), repeats)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         IndexedWeight(dcext.encode(repeats, "zstd"), "cpu")

@@ -159,6 +159,8 @@ class CompressedModule(Resting):
         """Takes the payload, which is on the CPU, to a device."""
         self.resting = rest_on(self.payload, device)
         self.payload = self.resting.payload
+        if isinstance(self.resting, IndexedWeight):
+            self.codec = self.resting.codec
 
     def _leave_device(self) -> None:
         self.resting = None

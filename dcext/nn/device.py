@@ -34,6 +34,7 @@ class IndexedWeight:
 
     Attributes:
         shape: ``(out_features, in_features)``.
+        codec: ``"raw"`` or ``"zstd"``, of what rests.
         payload: 1-D uint8.
         index: its seek index; None where the weights lie in the payload as a dense matrix (``view``).
         view: that matrix, ``(out_features, in_features)`` int8, or None.
@@ -65,6 +66,7 @@ class IndexedWeight:
                 payload = encode(decode(payload), "raw")
                 info = payload_info(payload)
         self.shape: tuple[int, int] = info["shape"]
+        self.codec: str = info["codec"]
         is_dense = index is None and _lies_dense(info)
         if index is None and not is_dense:
             index = seek_index(payload)
