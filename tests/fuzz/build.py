@@ -73,19 +73,21 @@ def missing_tools() -> str | None:
     return None
 
 
-def is_current(target: Path) -> bool:
+def is_current(target: Path, source: Path) -> bool:
     """Whether an object is newer than all it was compiled from, which the compiler has listed beside it."""
     listed = target.with_suffix(".d")
     if not (target.exists() and listed.exists()):
         return False
     files = listed.read_text().replace("\\\n", " ").split(":", 1)[1].split()
     newest = [Path(name) for name in [*files, __file__]]
-    return all(p.exists() and p.stat().st_mtime < target.stat().st_mtime for p in newest)
+    return source in newest and all(
+        p.exists() and p.stat().st_mtime < target.stat().st_mtime for p in newest
+    )
 
 
 def compile_one(source: Path, extra: list[str]) -> Path:
     target = OUT / f"{source.stem}.o"
-    if not is_current(target):
+    if not is_current(target, source):
         include_dirs = [ROOT / "csrc", source.parent, fetch.zstd_lib_dir(), fetch.xxhash_dir()]
         includes = [f"-I{path}" for path in include_dirs]
         partial = target.with_suffix(".partial")

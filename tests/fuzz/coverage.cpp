@@ -18,9 +18,7 @@ uint32_t mix(uint64_t value) {
 }
 
 // Once, a few times, or many: each of them a bit, as what loops do the first time and later differs.
-uint8_t how_often(uint8_t count) {
-  return count == 0 ? 0 : count == 1 ? 1 : count < 4 ? 2 : count < 32 ? 4 : 8;
-}
+uint8_t how_often(uint8_t count) { return count == 0 ? 0 : count == 1 ? 1 : count < 16 ? 2 : 4; }
 
 }  // namespace
 
