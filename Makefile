@@ -2,11 +2,13 @@
 #
 #   PYTHON  interpreter that the environment is made from
 #   TORCH   requirement installed where the environment has no torch yet; given to make, it replaces the one there
+#   FUZZ_SECONDS  how long `make fuzz` runs, by default 600
 #   BENCH_OUTPUT  folder where `make bench` also writes its figures as JSON, such as bench/results
 #   DCEXT_CUDA, DCEXT_ZSTD_DIR, DCEXT_XXHASH_DIR, DCEXT_CACHE, MAX_JOBS  see setup.py and third_party/README.md
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+FUZZ_SECONDS ?= 600
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -21,7 +23,7 @@ BUILD_KEY := $(TORCH) $(DCEXT_CUDA) $(DCEXT_ZSTD_DIR) $(DCEXT_XXHASH_DIR) $(TORC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest lint format build bench generation quality zeroshot clean distclean
+.PHONY: help demo test pytest lint format build fuzz bench generation quality zeroshot clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "%-10s %s\n", $$1, $$2}'
@@ -51,6 +53,11 @@ build: $(VENV)/stamp-dev  ## environment and extension, incrementally
 	@echo '$(BUILD_KEY)' | cmp -s - build/key || { rm -f dcext/_C*.so; echo '$(BUILD_KEY)' > build/key; }
 	@$(PY) setup.py build_ext --inplace > build/log 2>&1 || \
 	  { grep -E -A 4 'error:|^error|^Error' build/log || tail -n 40 build/log; echo 'the whole log: build/log'; exit 1; }
+
+fuzz: build  ## fuzz the seek index under sanitizers; what finds new code goes to tests/fuzz/corpus
+	@program=$$($(PY) tests/fuzz/build.py) || { echo "$$program"; exit 1; }; seed=$$(date +%s); \
+	echo "seed $$seed"; cd build/fuzz && \
+	$$program fuzz --seconds $(FUZZ_SECONDS) --seed $$seed --corpus $(CURDIR)/tests/fuzz/corpus
 
 bench: build  ## all benchmarks, with their hardware line
 	@for script in bench/bench_*.py; do \
