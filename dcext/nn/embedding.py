@@ -13,7 +13,8 @@ from dcext.quantize import quantize_absmax
 class DCEmbedding(CompressedModule):
     """Drop-in for a frozen ``nn.Embedding``: looks rows up, decoding each panel that is touched once per call.
 
-    On a GPU its rows rest as plain INT8, where each can be looked up: decoding is by the 128 KiB. ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` concern training and do not exist here.
+    On a GPU its rows rest as plain INT8, since frames are decoded by the 128 KiB and a token needs one row.
+    ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` concern training and do not exist here.
     """
 
     def __init__(
