@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 
 from dcext.kernels.activation_kernels import add_rn
+from dcext.kernels.split_kernels import spread
 
 _OUTLIERS = tl.constexpr(16)  # columns at a time
 
@@ -46,18 +47,6 @@ def _tile_of_program(num_row_tiles, num_token_tiles, GROUP: tl.constexpr):
     size = min(num_row_tiles - first, GROUP)
     inside = program - first * num_token_tiles
     return first + inside % size, inside // size
-
-
-@triton.jit
-def _spread(offsets, SPLITS: tl.constexpr, STEP: tl.constexpr):
-    """The same offsets for every split, each STEP behind the one before; a single split adds no dimension.
-
-    Plain matrices are what wgmma takes.
-    """
-    if SPLITS == 1:
-        return offsets
-    else:
-        return (tl.arange(0, SPLITS) * STEP)[:, None, None] + offsets[None, :, :]
 
 
 @triton.jit
@@ -78,8 +67,8 @@ def _multiply_columns(
     ACC: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     row = tl.arange(0, ROWS)[:, None]
     token = tl.arange(0, TOKENS)[None, :]
-    w_k = _spread(tl.arange(0, COLS)[None, :], SPLITS, COLS)
-    x_k = _spread(tl.arange(0, COLS)[:, None], SPLITS, COLS)
+    w_k = spread(tl.arange(0, COLS)[None, :], SPLITS, COLS)
+    x_k = spread(tl.arange(0, COLS)[:, None], SPLITS, COLS)
     w_tile = qweight + (row * qweight_stride + w_k)
     x_tile = x + (token * x_stride + x_k)
     acc = tl.zeros((ROWS, TOKENS) if SPLITS == 1 else (SPLITS, ROWS, TOKENS), ACC)

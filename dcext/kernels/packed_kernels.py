@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from dcext.kernels.packed_lookup import lookup_asm, lookup_constraints, table_words
+from dcext.kernels.split_kernels import spread
 
 _HAS_ASM = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter looks up in memory
 _BLOCK_ROWS = tl.constexpr(16)
@@ -121,18 +122,6 @@ def _decode(
 
 
 @triton.jit
-def _spread(offsets, SPLITS: tl.constexpr, STEP: tl.constexpr):
-    """The same offsets for every split, each STEP behind the one before; a single split adds no dimension.
-
-    Plain matrices are what wgmma takes.
-    """
-    if SPLITS == 1:
-        return offsets
-    else:
-        return (tl.arange(0, SPLITS) * STEP)[:, None, None] + offsets[None, :, :]
-
-
-@triton.jit
 def _multiply_packed(
     acc,  # (SPLITS, 16 BLOCKS, TOKENS) int32 or float32; (16 BLOCKS, TOKENS) for one split
     codes,  # the tile's first code
@@ -179,7 +168,7 @@ def _multiply_raw(
     """Adds the products of a tile that is stored raw; arguments as above."""
     COLS: tl.constexpr = GROUPS * _GROUP_COLS
     row = tl.arange(0, BLOCKS * _BLOCK_ROWS)[:, None]
-    k = _spread(tl.arange(0, COLS)[None, :], SPLITS, COLS)
+    k = spread(tl.arange(0, COLS)[None, :], SPLITS, COLS)
     weights = weights.to(tl.pointer_type(tl.int8), bitcast=True) + row * K + k
     for first in range(0, K, SPLITS * COLS):
         w = tl.load(weights + first, (row < rows) & (first + k < K), 0)
@@ -279,7 +268,7 @@ def multiply(
     if SPLITS > 1:
         acc = tl.where((tl.arange(0, SPLITS) == 0)[:, None, None], acc[None, :, :], 0)
 
-    x_k = _spread(tl.arange(0, GROUPS * _GROUP_COLS)[:, None], SPLITS, GROUPS * _GROUP_COLS)
+    x_k = spread(tl.arange(0, GROUPS * _GROUP_COLS)[:, None], SPLITS, GROUPS * _GROUP_COLS)
     x_tile = x + first_token * padded + x_k + (token * padded)[None, :]
     x_mask = is_token[None, :]
     groups = tl.cdiv(K, _GROUP_COLS)
