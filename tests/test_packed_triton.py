@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-
 import numpy as np
 import pytest
 import torch
@@ -15,10 +12,10 @@ triton = pytest.importorskip("triton")
 from triton_modes import (  # noqa: E402
     DEVICE,
     INTERPRETED,
-    INTERPRETER_COMMAND,
     on_device,
     on_gpu,
     requires_interpreter,
+    run_in_interpreter,
 )
 
 import dcext  # noqa: E402
@@ -29,13 +26,7 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 @requires_interpreter
 def test_this_file_in_the_interpreter():
-    """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [*INTERPRETER_COMMAND, __file__], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout
-    assert " passed" in result.stdout
+    run_in_interpreter(__file__)
 
 
 def seeded(seed: int) -> np.random.Generator:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import warnings
 
 import pytest
@@ -15,10 +13,10 @@ triton = pytest.importorskip("triton")
 
 from triton_modes import (  # noqa: E402
     DEVICE,
-    INTERPRETER_COMMAND,
     on_device,
     on_gpu,
     requires_interpreter,
+    run_in_interpreter,
 )
 
 import dcext  # noqa: E402
@@ -37,12 +35,7 @@ CODECS = ["raw", "zstd", "packed"]
 
 @requires_interpreter
 def test_this_file_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [*INTERPRETER_COMMAND, __file__], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout
-    assert " passed" in result.stdout
+    run_in_interpreter(__file__)
 
 
 def layer(codec: str, rows=40, cols=96, activations="int8", outliers=False) -> dcext.DCLinear:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +13,6 @@ import triton
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
-INTERPRETER_COMMAND = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 
 
 def version(package: str) -> tuple[int, ...]:
@@ -33,3 +34,15 @@ def requires_interpreter(test):
         reason="requires triton 3.7: the interpreter of 3.6 does not know numpy 2.4",
     )
     return is_interpreter(is_broken(test))
+
+
+def run_in_interpreter(path: str) -> None:
+    """A file of tests in a process of its own: triton reads TRITON_INTERPRET when it is imported."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", path],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    assert " passed" in result.stdout
