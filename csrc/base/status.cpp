@@ -15,6 +15,9 @@ const char* to_string(Status status) {
     case Status::kDstTooSmall: return "destination too small";
     case Status::kOutOfMemory: return "out of memory";
     case Status::kInternal: return "internal error";
+    case Status::kReadError: return "read error";
+    case Status::kFileChanged: return "file changed";
+    case Status::kClosed: return "closed";
   }
   return "unknown status";
 }

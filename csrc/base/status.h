@@ -17,6 +17,9 @@ enum class Status : int32_t {
   kDstTooSmall = 8,  ///< destination capacity is below what the call writes
   kOutOfMemory = 9,  ///< an allocation of the size named by a valid header failed
   kInternal = 10,    ///< libzstd refused what it should have accepted
+  kReadError = 11,   ///< the system could not read a file
+  kFileChanged = 12,  ///< a file is not the one that was opened: it was written to, or cut short
+  kClosed = 13,      ///< a stream was closed while, or before, it was used
 };
 
 /** A short English phrase without a full stop, for error messages. Never null. */

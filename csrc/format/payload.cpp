@@ -85,7 +85,7 @@ Failure read_layout(const uint8_t* data, PayloadLayout* layout) {
   return {};
 }
 
-Failure check_sizes(const uint8_t* data, size_t nbytes, const PayloadLayout& layout) {
+Failure check_sizes(const uint8_t* data, size_t here, size_t nbytes, const PayloadLayout& layout) {
   const uint64_t stated = load_le<uint64_t>(data + kNbytesAt);
   if (stated != nbytes) {
     return failure(nbytes < stated ? Status::kTruncated : Status::kBadHeader, "payload bytes",
@@ -98,8 +98,7 @@ Failure check_sizes(const uint8_t* data, size_t nbytes, const PayloadLayout& lay
   }
   // num_chunks has 32 bits, so that the end of the table cannot overflow either.
   const uint64_t chunks_begin = static_cast<uint64_t>(layout.chunks_begin());
-  if (nbytes < chunks_begin)
-    return failure(Status::kTruncated, "chunk table", chunks_begin, nbytes);
+  if (here < chunks_begin) return failure(Status::kTruncated, "chunk table", chunks_begin, here);
   const uint64_t checksum = load_le<uint64_t>(data + kChecksumAt);
   const uint64_t actual = head_checksum(data, layout.chunks_begin());
   if (checksum != actual) return failure(Status::kBadChecksum, "header", checksum, actual);
@@ -208,18 +207,31 @@ Tile PayloadLayout::tile(int64_t chunk_index) const {
 }
 
 Failure PayloadView::parse(const uint8_t* data, size_t nbytes, PayloadView* view) {
-  if (Failure bad = check_identity(data, nbytes); !bad.ok()) return bad;
+  return parse_head(data, nbytes, nbytes, view);
+}
+
+Failure PayloadView::parse_head(const uint8_t* head, size_t head_nbytes, size_t nbytes,
+                                PayloadView* view) {
+  if (Failure bad = check_identity(head, head_nbytes); !bad.ok()) return bad;
   PayloadView parsed;
-  parsed.data_ = data;
-  if (Failure bad = read_layout(data, &parsed.layout_); !bad.ok()) return bad;
-  if (Failure bad = check_sizes(data, nbytes, parsed.layout_); !bad.ok()) return bad;
+  parsed.head_ = head;
+  parsed.data_ = head;
+  if (Failure bad = read_layout(head, &parsed.layout_); !bad.ok()) return bad;
+  if (Failure bad = check_sizes(head, head_nbytes, nbytes, parsed.layout_); !bad.ok()) return bad;
   if (Failure bad = check_table(parsed, nbytes); !bad.ok()) return bad;
   *view = parsed;
   return {};
 }
 
+PayloadView PayloadView::with_chunks(const uint8_t* chunk, uint64_t offset) const {
+  PayloadView moved = *this;
+  // As numbers: the payload's first byte may lie nowhere.
+  moved.data_ = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(chunk) - offset);
+  return moved;
+}
+
 Chunk PayloadView::chunk(int64_t index) const {
-  const uint8_t* entry = data_ + kPayloadHeaderBytes + index * kChunkEntryBytes;
+  const uint8_t* entry = head_ + kPayloadHeaderBytes + index * kChunkEntryBytes;
   Chunk chunk;
   chunk.offset = load_le<uint64_t>(entry + kOffsetAt);
   chunk.nbytes = load_le<uint32_t>(entry + kStoredAt);

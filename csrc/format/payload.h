@@ -121,7 +121,16 @@ class PayloadView {
    *  @return a Failure whose status is kOk, kTruncated, kBadMagic, kBadVersion, kBadHeader or kBadChecksum. */
   static Failure parse(const uint8_t* data, size_t nbytes, PayloadView* view);
 
+  /** The same for a payload of `nbytes` bytes of which only the first `head_nbytes` are here: chunks lie elsewhere.
+   *  @return as parse; kTruncated also where the chunk table is not all there. */
+  static Failure parse_head(const uint8_t* head, size_t head_nbytes, size_t nbytes,
+                            PayloadView* view);
+
+  /** This payload with its chunks in another place: the one at `offset` at `chunks_data`. Borrows it too. */
+  PayloadView with_chunks(const uint8_t* chunk, uint64_t offset) const;
+
   const PayloadLayout& layout() const { return layout_; }
+  /** A chunk's stored bytes are at `data() + chunk.offset`; other offsets mean nothing where chunks lie elsewhere. */
   const uint8_t* data() const { return data_; }
   Chunk chunk(int64_t index) const;
   Tile tile(int64_t index) const { return layout_.tile(index); }
@@ -131,6 +140,7 @@ class PayloadView {
 
  private:
   PayloadLayout layout_;
+  const uint8_t* head_ = nullptr;  // header and chunk table
   const uint8_t* data_ = nullptr;
 };
 

@@ -1,6 +1,7 @@
 #include "runtime/layers.h"
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <vector>
 
@@ -29,39 +30,91 @@ class FailureSlot {
   void record(const Failure& failure) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (failure_.ok() || failure.chunk < failure_.chunk) failure_ = failure;
+    lowest_.store(failure_.chunk, std::memory_order_relaxed);
   }
+  /** After the loop. */
   const Failure& get() const { return failure_; }
+  /** Inside it: whether a chunk need not be looked at, since an earlier one has failed. */
+  bool before(int64_t chunk) const { return lowest_.load(std::memory_order_relaxed) < chunk; }
 
  private:
   std::mutex mutex_;
   Failure failure_;
+  std::atomic<int64_t> lowest_{INT64_MAX};
 };
 
 Failure out_of_memory(int64_t nbytes) {
   return Failure{Status::kOutOfMemory, "scratch bytes", -1, static_cast<uint64_t>(nbytes), 0};
 }
 
-// The rows of panel `index`, in place for a raw payload of one slab, else decoded into this thread's scratch.
-Failure load_panel(const PayloadView& view, int64_t index, WeightPanel* panel) {
+// A panel's chunks, held while this lives: where they rest, or as a source brings them.
+class HeldPanel {
+ public:
+  HeldPanel(const PayloadView& weight, PanelSource* source, int64_t index)
+      : view_(weight), source_(source), index_(index) {
+    if (source_ != nullptr) failure_ = source_->acquire(index_, &view_);
+  }
+  ~HeldPanel() {
+    if (source_ != nullptr && failure_.ok()) source_->release(index_);
+  }
+  HeldPanel(const HeldPanel&) = delete;
+  HeldPanel& operator=(const HeldPanel&) = delete;
+
+  const Failure& failure() const { return failure_; }
+  const PayloadView& view() const { return view_; }
+  int64_t index() const { return index_; }
+  /** What rests was verified when it was loaded. */
+  Verify verify() const { return static_cast<Verify>(source_ != nullptr); }
+
+ private:
+  PayloadView view_;
+  PanelSource* source_;
+  int64_t index_;
+  Failure failure_;
+};
+
+// A pass of a source over all panels, or over some.
+class Pass {
+ public:
+  explicit Pass(PanelSource* source) : source_(source) {
+    if (source_ != nullptr) source_->begin();
+  }
+  Pass(PanelSource* source, const std::vector<int64_t>& panels) : source_(source) {
+    if (source_ != nullptr) source_->begin_some(panels);
+  }
+  ~Pass() {
+    if (source_ != nullptr) source_->end();
+  }
+  Pass(const Pass&) = delete;
+  Pass& operator=(const Pass&) = delete;
+
+ private:
+  PanelSource* source_;
+};
+
+// The rows of a panel, in place for a raw payload of one slab, else decoded into this thread's scratch.
+Failure load_panel(const HeldPanel& held, WeightPanel* panel) {
   thread_local Scratch scratch;
+  if (!held.failure().ok()) return held.failure();
+  const PayloadView& view = held.view();
   const PayloadLayout& layout = view.layout();
-  const int64_t first_chunk = index * layout.num_slabs();
+  const int64_t first_chunk = held.index() * layout.num_slabs();
   const Tile tile = view.tile(first_chunk);
   const Chunk chunk = view.chunk(first_chunk);
   *panel = {nullptr, layout.cols, tile.rows, layout.cols};
   const bool one_slab = layout.num_slabs() == 1;
   if (one_slab && chunk.encoding == Encoding::kRaw) {
     panel->data = reinterpret_cast<const int8_t*>(view.data() + chunk.offset);
-    return {};
+    return held.verify() == Verify::kYes ? view.verify_chunk(first_chunk) : Failure{};
   }
   const int64_t nbytes = tile.rows * layout.cols + kFrameSlack;
   auto* decoded = reinterpret_cast<int8_t*>(scratch.reserve(nbytes));
   if (decoded == nullptr) return out_of_memory(nbytes);
   panel->data = decoded;
-  if (one_slab) return decode_chunk(view, first_chunk, Verify::kNo, decoded, nbytes);
+  if (one_slab) return decode_chunk(view, first_chunk, held.verify(), decoded, nbytes);
   SerialExecutor serial;
   const Region region{tile.row, tile.row + tile.rows, 0, layout.cols};
-  return decode_region(view, region, Verify::kNo, decoded, layout.cols, serial);
+  return decode_region(view, region, held.verify(), decoded, layout.cols, serial);
 }
 
 PanelOutput panel_output(const LinearCall& call, int64_t row) {
@@ -149,14 +202,19 @@ Failure multiply_panel(const LinearCall& call, const GemmKernels& kernels, int64
   const int64_t acc_nbytes = call.tokens * *rows * static_cast<int64_t>(sizeof(int32_t));
   *acc = reinterpret_cast<int32_t*>(acc_scratch.reserve(acc_nbytes));
   if (*acc == nullptr) return out_of_memory(acc_nbytes);
+  const HeldPanel held(*call.weight, call.source, index);
+  if (!held.failure().ok()) return held.failure();
   if (is_direct(call, kernels, index)) {
-    const PackedTile tile = packed_tile(*call.weight, index);
+    const PackedTile tile = packed_tile(held.view(), index);
     if (!counts_add_up(tile)) return Failure{Status::kCorrupt, "exceptions", index, 0, 0};
+    if (held.verify() == Verify::kYes) {
+      if (const Failure bad = held.view().verify_chunk(index); !bad.ok()) return bad;
+    }
     kernels.multiply_packed(tile, tokens.input, call.tokens, *acc);
     return {};
   }
   WeightPanel panel;
-  if (const Failure bad = load_panel(*call.weight, index, &panel); !bad.ok()) return bad;
+  if (const Failure bad = load_panel(held, &panel); !bad.ok()) return bad;
   kernels.multiply(panel, tokens.packed, call.tokens, *acc);
   return {};
 }
@@ -171,7 +229,9 @@ Failure run_int8(const LinearCall& call, Executor& executor) {
     return bad;
   }
   FailureSlot failure;
+  const Pass pass(call.source);
   executor.run(layout.num_panels(), [&](int64_t index, int) {
+    if (failure.before(index * layout.num_slabs())) return;
     int64_t rows;
     int32_t* acc;
     const Failure bad = multiply_panel(call, kernels, index, tokens, &rows, &acc);
@@ -195,12 +255,13 @@ Failure run_weight_only(const LinearCall& call, Executor& executor) {
     kernels.widen(token_at(call, m), call.type, call.col_scale, layout.cols, x + m * stride);
   });
   FailureSlot failure;
+  const Pass pass(call.source);
   executor.run(layout.num_panels(), [&](int64_t index, int) {
     thread_local Scratch row_scratch;
+    if (failure.before(index * layout.num_slabs())) return;
+    const HeldPanel held(*call.weight, call.source, index);
     WeightPanel panel;
-    if (const Failure bad = load_panel(*call.weight, index, &panel); !bad.ok()) {
-      return failure.record(bad);
-    }
+    if (const Failure bad = load_panel(held, &panel); !bad.ok()) return failure.record(bad);
     const int64_t row_nbytes = weight_only_scratch_nbytes(layout.cols);
     auto* rows = reinterpret_cast<float*>(row_scratch.reserve(row_nbytes));
     if (rows == nullptr) return failure.record(out_of_memory(row_nbytes));
@@ -235,19 +296,23 @@ Failure run_embedding(const EmbeddingCall& call, Executor& executor) {
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return panel_of(a) < panel_of(b); });
   std::vector<int64_t> starts;  // of the runs of lookups that share a panel
+  std::vector<int64_t> panels;
   for (int64_t i = 0; i < call.count; ++i) {
-    if (i == 0 || panel_of(order[i]) != panel_of(order[i - 1])) starts.push_back(i);
+    if (i != 0 && panel_of(order[i]) == panel_of(order[i - 1])) continue;
+    starts.push_back(i);
+    panels.push_back(panel_of(order[i]));
   }
   starts.push_back(call.count);
 
   const GemmKernels& kernels = gemm_kernels(call.isa, 1);
   FailureSlot failure;
-  executor.run(static_cast<int64_t>(starts.size()) - 1, [&](int64_t run, int) {
-    const int64_t index = panel_of(order[starts[run]]);
+  const Pass pass(call.source, panels);
+  executor.run(static_cast<int64_t>(panels.size()), [&](int64_t run, int) {
+    const int64_t index = panels[run];
+    if (failure.before(index * layout.num_slabs())) return;
+    const HeldPanel held(*call.weight, call.source, index);
     WeightPanel panel;
-    if (const Failure bad = load_panel(*call.weight, index, &panel); !bad.ok()) {
-      return failure.record(bad);
-    }
+    if (const Failure bad = load_panel(held, &panel); !bad.ok()) return failure.record(bad);
     for (int64_t i = starts[run]; i < starts[run + 1]; ++i) {
       const int64_t row = call.indices[order[i]];
       auto* out =

@@ -3,6 +3,7 @@
 #include "base/parallel.h"
 #include "format/payload.h"
 #include "gemm/int8_gemm.h"
+#include "runtime/panel_source.h"
 
 namespace dcext {
 
@@ -12,6 +13,7 @@ enum class Activations : int { kInt8 = 0, kNone = 1 };
 /** y = row_scale * (qweight @ (x * col_scale)) + bias for `tokens` tokens. */
 struct LinearCall {
   const PayloadView* weight;
+  PanelSource* source;     ///< brings the panels, or null where `weight` has its chunks
   const float* row_scale;  ///< (rows,)
   const float* col_scale;  ///< (cols,) or null
   const float* bias;       ///< (rows,) or null
@@ -25,7 +27,8 @@ struct LinearCall {
 
 /** Runs a layer: each panel is decoded into a thread's own scratch, which fits in the L2 cache, and multiplied there;
  *  raw panels are multiplied where they lie, and so, with quantized tokens, are packed ones. Memory carries the stored bytes once per 2,048 tokens.
- *  Stored bytes are not compared with their checksums (Verify::kNo): that is done when a payload is loaded.
+ *  Stored bytes are not compared with their checksums, which is done when a payload is loaded; those that a source
+ *  brings are compared each time.
  *  @return the failure of the lowest failing chunk, else kOk. On failure `y` is partly written.
  *  Threading: any number of calls at the same time. Scratch is per thread, grows to what the largest layer needs
  *  (panel + activations + sums of 2,048 tokens) and is kept. */
@@ -34,6 +37,7 @@ Failure run_linear(const LinearCall& call, Executor& executor);
 /** out[i, :] = qweight[indices[i], :] * row_scale[indices[i]] * col_scale, in the dtype of the output. */
 struct EmbeddingCall {
   const PayloadView* weight;
+  PanelSource* source;     ///< as in LinearCall
   const float* row_scale;  ///< (rows,)
   const float* col_scale;  ///< (cols,) or null
   const int64_t* indices;  ///< (count,), each in [0, rows); checked by the caller

@@ -1,0 +1,388 @@
+#include "runtime/weight_stream.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+namespace dcext {
+namespace {
+
+constexpr int64_t kAny = -2;  // in place of the unit before the last
+
+enum class State { kUnread, kReading, kReady, kHeld, kFailed, kReleased };
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+}  // namespace
+
+// A unit that is used or expected to be. All but the constants is guarded by the stream's mutex.
+class WeightStream::Use {
+ public:
+  struct Part {
+    Piece piece;
+    State state = State::kUnread;
+    int64_t slot = -1;
+    const uint8_t* data = nullptr;
+    Failure failure;
+  };
+
+  explicit Use(int64_t the_unit) : unit(the_unit) {}
+
+  const int64_t unit;
+  std::vector<Part> parts;
+  size_t next_unread = 0;
+  bool dropped = false;
+  std::condition_variable changed;
+
+  bool all_read() const { return next_unread == parts.size(); }
+  // Whether a slot will come back to the stream before the next unread part is waited for.
+  bool holds_earlier_slot() const {
+    return std::any_of(parts.begin(), parts.begin() + static_cast<int64_t>(next_unread),
+                       [](const Part& part) { return part.slot >= 0; });
+  }
+  Part* last_ready() {
+    const auto found = std::find_if(parts.rbegin(), parts.rend(),
+                                    [](const Part& part) { return part.state == State::kReady; });
+    return found == parts.rend() ? nullptr : &*found;
+  }
+};
+
+// What a thread used last and is expected to use next.
+struct WeightStream::Order {
+  int64_t before = -1, last = -1;
+  std::deque<UsePtr> expected;
+  int64_t touched = 0;
+};
+
+WeightStream::WeightStream(std::vector<std::vector<Piece>> units, SlotMemory slots,
+                           ReadThreads& threads)
+    : units_(std::move(units)), slots_(slots), threads_(threads), owner_(getpid()) {
+  for (int64_t slot = slots_.num_slots; slot-- > 0;) free_slots_.push_back(slot);
+  threads_.attach(this);
+}
+
+WeightStream::~WeightStream() {
+  if (is_usable()) threads_.detach(this);
+}
+
+bool WeightStream::is_usable() const { return getpid() == owner_; }
+
+WeightStream::UsePtr WeightStream::make_use(int64_t unit) const {
+  UsePtr use = std::make_shared<Use>(unit);
+  for (const Piece& piece : units_[unit]) {
+    use->parts.emplace_back();
+    use->parts.back().piece = piece;
+  }
+  return use;
+}
+
+WeightStream::UsePtr WeightStream::begin(int64_t unit) {
+  UsePtr use;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++statistics_.uses;
+    Order& order = order_of_this_thread();
+    while (!order.expected.empty() && use == nullptr) {
+      // Expected further on: what lies between was skipped. Not expected at all: nothing of it is worth keeping.
+      UsePtr first = std::move(order.expected.front());
+      order.expected.pop_front();
+      if (first->unit == unit) {
+        use = std::move(first);
+      } else {
+        drop(first);
+      }
+    }
+    if (use == nullptr) use = make_use(unit);
+    learn(order, unit);
+    active_.push_back(use);
+    expect_more(order);
+    drop_idle_orders();
+  }
+  threads_.wake(this);
+  return use;
+}
+
+WeightStream::UsePtr WeightStream::begin_some(int64_t unit, const std::vector<int64_t>& pieces) {
+  UsePtr use = std::make_shared<Use>(unit);
+  for (const int64_t index : pieces) {
+    use->parts.emplace_back();
+    use->parts.back().piece = units_[unit][index];
+  }
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++statistics_.uses;
+    active_.push_back(use);
+  }
+  threads_.wake(this);
+  return use;
+}
+
+WeightStream::Order& WeightStream::order_of_this_thread() {
+  Order& order = orders_[std::this_thread::get_id()];
+  order.touched = ++clock_;
+  return order;
+}
+
+void WeightStream::learn(Order& order, int64_t unit) {
+  if (order.last >= 0) {
+    learnt_[{order.before, order.last}] = unit;
+    learnt_[{kAny, order.last}] = unit;
+  }
+  order.before = order.last;
+  order.last = unit;
+}
+
+int64_t WeightStream::expected_after(int64_t before, int64_t unit) const {
+  for (const int64_t context : {before, kAny}) {
+    const auto found = learnt_.find({context, unit});
+    if (found != learnt_.end()) return found->second;
+  }
+  return (unit + 1) % num_units();
+}
+
+// Expects as much as all slots hold; pieces get slots one by one, so that more would never be read ahead.
+void WeightStream::expect_more(Order& order) {
+  if (closed_) return;
+  int64_t before = order.before, last = order.last, pieces = 0;
+  for (const UsePtr& use : order.expected) {
+    before = last;
+    last = use->unit;
+    pieces += static_cast<int64_t>(use->parts.size());
+  }
+  // A unit without pieces would go on for ever.
+  for (int64_t i = 0; pieces < slots_.num_slots && i < num_units(); ++i) {
+    const int64_t next = expected_after(before, last);
+    order.expected.push_back(make_use(next));
+    pieces += static_cast<int64_t>(units_[next].size());
+    before = last;
+    last = next;
+  }
+}
+
+// A thread that begins nothing while the others go twice through the model has probably ended.
+void WeightStream::drop_idle_orders() {
+  for (auto it = orders_.begin(); it != orders_.end();) {
+    if (clock_ - it->second.touched <= 2 * num_units()) {
+      ++it;
+      continue;
+    }
+    for (const UsePtr& use : it->second.expected) drop(use);
+    it = orders_.erase(it);
+  }
+}
+
+// Gives back what a use holds; reads under way give theirs back when they end.
+void WeightStream::drop(const UsePtr& use) {
+  use->dropped = true;
+  use->next_unread = use->parts.size();
+  for (Use::Part& part : use->parts) {
+    if (part.state != State::kReady && part.state != State::kHeld) continue;
+    int64_t& nbytes =
+        part.state == State::kHeld ? statistics_.used_nbytes : statistics_.dropped_nbytes;
+    nbytes += part.piece.nbytes;
+    part.state = State::kReleased;
+    free_slot(part.slot);
+    part.slot = -1;
+  }
+}
+
+void WeightStream::free_slot(int64_t slot) { free_slots_.push_back(slot); }
+
+Failure WeightStream::wait(Use& use, int64_t index, const uint8_t** data) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  Use::Part& part = use.parts[index];
+  const auto is_over = [&] {
+    return closed_ || part.state == State::kReady || part.state == State::kHeld ||
+           part.state == State::kFailed;
+  };
+  ++statistics_.pieces;
+  if (!is_over()) {
+    ++statistics_.stalls;
+    count_time(&statistics_.stall_ns, waiters_, waiters_ + 1, &waiting_since_);
+    ++waiters_;
+    use.changed.wait(lock, is_over);
+    count_time(&statistics_.stall_ns, waiters_, waiters_ - 1, &waiting_since_);
+    --waiters_;
+  }
+  if (closed_) return Failure{Status::kClosed, "stream", -1, 0, 0};
+  if (part.state == State::kFailed) return part.failure;
+  part.state = State::kHeld;
+  *data = part.data;
+  return {};
+}
+
+void WeightStream::release(Use& use, int64_t index) {
+  bool more;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Use::Part& part = use.parts[index];
+    if (part.state != State::kHeld) return;
+    statistics_.used_nbytes += part.piece.nbytes;
+    part.state = State::kReleased;
+    free_slot(part.slot);
+    part.slot = -1;
+    more = has_work();
+  }
+  if (more) threads_.wake(this);
+}
+
+void WeightStream::end(const UsePtr& use) {
+  bool more;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    drop(use);
+    active_.erase(std::remove(active_.begin(), active_.end(), use), active_.end());
+    more = has_work();
+  }
+  if (more) threads_.wake(this);
+}
+
+void WeightStream::close() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  closed_ = true;
+  for (auto& [thread, order] : orders_) {
+    for (const UsePtr& use : order.expected) drop(use);
+    order.expected.clear();
+  }
+  for (const UsePtr& use : active_) use->changed.notify_all();
+}
+
+StreamStatistics WeightStream::statistics() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return statistics_;
+}
+
+// Adds to a total the time during which a count was above zero.
+void WeightStream::count_time(int64_t* total, int before, int after, int64_t* since) {
+  if (before == 0 && after == 1) *since = now_ns();
+  if (before == 1 && after == 0) *total += now_ns() - *since;
+}
+
+// Whether a read could begin, or a slot be taken for one.
+bool WeightStream::has_work() const {
+  if (closed_) return false;
+  const auto unread = [](const UsePtr& use) { return !use->all_read(); };
+  const bool demanded = std::any_of(active_.begin(), active_.end(), unread);
+  if (demanded) return true;
+  if (free_slots_.empty()) return false;
+  return std::any_of(orders_.begin(), orders_.end(), [&](const auto& entry) {
+    return std::any_of(entry.second.expected.begin(), entry.second.expected.end(), unread);
+  });
+}
+
+// Takes the last piece that is there back from a use, to be read again.
+bool WeightStream::take_back(Use& use) {
+  Use::Part* const part = use.last_ready();
+  if (part == nullptr) return false;
+  statistics_.dropped_nbytes += part->piece.nbytes;
+  part->state = State::kUnread;
+  free_slot(part->slot);
+  part->slot = -1;
+  use.next_unread = std::min(use.next_unread, static_cast<size_t>(part - use.parts.data()));
+  return true;
+}
+
+// Makes a slot free for a user who has none: from what any order expects last.
+bool WeightStream::take_from_expected() {
+  Use* victim = nullptr;
+  size_t distance = 0;
+  for (auto& [thread, order] : orders_) {
+    for (size_t i = order.expected.size(); i-- > 0;) {
+      if (order.expected[i]->last_ready() == nullptr) continue;
+      if (victim == nullptr || i >= distance) {
+        victim = order.expected[i].get();
+        distance = i;
+      }
+      break;
+    }
+  }
+  return victim != nullptr && take_back(*victim);
+}
+
+// The next read: for a user, in turns; else for what is expected, in turns.
+bool WeightStream::pick(UsePtr* use, int64_t* index) {
+  if (closed_) return false;
+  for (size_t i = 0; i < active_.size(); ++i) {
+    UsePtr candidate = active_[i];
+    if (candidate->all_read()) continue;
+    // A piece that is waited for may lie before others of the same use that are there: those give way too.
+    if (free_slots_.empty() &&
+        (candidate->holds_earlier_slot() || !(take_from_expected() || take_back(*candidate)))) {
+      continue;
+    }
+    active_.erase(active_.begin() + static_cast<int64_t>(i));
+    active_.push_back(candidate);
+    *index = static_cast<int64_t>(candidate->next_unread);
+    *use = std::move(candidate);
+    return true;
+  }
+  return !free_slots_.empty() && pick_expected(use, index);
+}
+
+// Orders take turns by how many slots they hold.
+bool WeightStream::pick_expected(UsePtr* use, int64_t* index) {
+  int64_t least = INT64_MAX;
+  for (auto& [thread, order] : orders_) {
+    int64_t held = 0;
+    UsePtr first;
+    for (const UsePtr& candidate : order.expected) {
+      for (const Use::Part& part : candidate->parts) held += part.slot >= 0 ? 1 : 0;
+      if (first == nullptr && !candidate->all_read()) first = candidate;
+    }
+    if (first == nullptr || held >= least) continue;
+    least = held;
+    *index = static_cast<int64_t>(first->next_unread);
+    *use = std::move(first);
+  }
+  return least != INT64_MAX;
+}
+
+bool WeightStream::read_one() {
+  UsePtr use;
+  int64_t index;
+  bool more;
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!pick(&use, &index)) return false;
+  Use::Part& part = use->parts[index];
+  part.state = State::kReading;
+  part.slot = free_slots_.back();
+  free_slots_.pop_back();
+  // A piece that was taken back may lie before others that are still there.
+  while (!use->all_read() && use->parts[use->next_unread].state != State::kUnread) {
+    ++use->next_unread;
+  }
+  const int64_t used = slots_.num_slots - static_cast<int64_t>(free_slots_.size());
+  statistics_.peak_slots = std::max(statistics_.peak_slots, used);
+  count_time(&statistics_.reading_ns, readers_, readers_ + 1, &reading_since_);
+  ++readers_;
+  more = has_work();
+  const Piece piece = part.piece;
+  uint8_t* const slot = slots_.data + part.slot * slots_.slot_nbytes;
+  lock.unlock();
+  if (more) threads_.wake(this);
+
+  const uint8_t* data = nullptr;
+  const Failure failure = piece.source->read(piece.offset, piece.nbytes, slot, &data);
+
+  lock.lock();
+  count_time(&statistics_.reading_ns, readers_, readers_ - 1, &reading_since_);
+  --readers_;
+  if (failure.ok()) statistics_.read_nbytes += piece.nbytes;
+  part.data = data;
+  part.failure = failure;
+  part.state = failure.ok() ? State::kReady : State::kFailed;
+  if (use->dropped || !failure.ok()) {
+    if (failure.ok()) statistics_.dropped_nbytes += piece.nbytes;
+    if (use->dropped) part.state = State::kReleased;
+    free_slot(part.slot);
+    part.slot = -1;
+  }
+  use->changed.notify_all();
+  return true;
+}
+
+}  // namespace dcext
