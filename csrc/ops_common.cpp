@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <sstream>
 
 #include "codec/payload_encoder.h"
@@ -57,6 +58,10 @@ CodecChoice parse_choice(c10::string_view codec, int64_t level, const int8_t* qw
 void raise_failure(const char* op, const Failure& failure) {
   std::ostringstream message;
   message << op << ": " << to_string(failure.status);
+  if (failure.status == Status::kReadError) {
+    message << ": " << std::strerror(static_cast<int>(failure.found));
+    TORCH_CHECK(false, message.str());
+  }
   if (failure.chunk >= 0) message << " in chunk " << failure.chunk;
   message << ": " << failure.field;
   if (failure.status == Status::kBadChecksum || failure.status == Status::kBadMagic) {
@@ -64,7 +69,7 @@ void raise_failure(const char* op, const Failure& failure) {
   }
   if (failure.status == Status::kCorrupt) {
     message << ": expected " << failure.expected << ", the coded data end early or are damaged";
-  } else {
+  } else if (failure.status != Status::kClosed) {
     message << ": expected " << failure.expected << ", found " << failure.found;
   }
   const c10::SourceLocation where{__func__, __FILE__, static_cast<uint32_t>(__LINE__)};
@@ -72,6 +77,7 @@ void raise_failure(const char* op, const Failure& failure) {
     case Status::kOutOfMemory: throw c10::OutOfMemoryError(where, message.str());
     case Status::kBadArgument:
     case Status::kDstTooSmall:
+    case Status::kClosed:
     case Status::kInternal: throw c10::Error(where, message.str());
     default: throw FormatError(where, message.str());
   }
