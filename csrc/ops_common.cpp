@@ -58,18 +58,21 @@ CodecChoice parse_choice(c10::string_view codec, int64_t level, const int8_t* qw
 void raise_failure(const char* op, const Failure& failure) {
   std::ostringstream message;
   message << op << ": " << to_string(failure.status);
-  if (failure.status == Status::kReadError) {
-    message << ": " << std::strerror(static_cast<int>(failure.found));
-    TORCH_CHECK(false, message.str());
+  switch (failure.status) {
+    case Status::kReadError:
+      TORCH_CHECK(false, message.str(), ": ", std::strerror(static_cast<int>(failure.found)));
+    case Status::kClosed: TORCH_CHECK(false, message.str(), ": expected a stream that is open");
+    case Status::kFileChanged: message << ": " << failure.field; break;
+    default:
+      if (failure.chunk >= 0) message << " in chunk " << failure.chunk;
+      message << ": " << failure.field;
   }
-  if (failure.chunk >= 0) message << " in chunk " << failure.chunk;
-  message << ": " << failure.field;
   if (failure.status == Status::kBadChecksum || failure.status == Status::kBadMagic) {
     message << std::hex;
   }
   if (failure.status == Status::kCorrupt) {
     message << ": expected " << failure.expected << ", the coded data end early or are damaged";
-  } else if (failure.status != Status::kClosed) {
+  } else {
     message << ": expected " << failure.expected << ", found " << failure.found;
   }
   const c10::SourceLocation where{__func__, __FILE__, static_cast<uint32_t>(__LINE__)};
@@ -77,7 +80,6 @@ void raise_failure(const char* op, const Failure& failure) {
     case Status::kOutOfMemory: throw c10::OutOfMemoryError(where, message.str());
     case Status::kBadArgument:
     case Status::kDstTooSmall:
-    case Status::kClosed:
     case Status::kInternal: throw c10::Error(where, message.str());
     default: throw FormatError(where, message.str());
   }

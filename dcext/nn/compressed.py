@@ -197,6 +197,18 @@ class CompressedModule(Resting):
         self.resting = None
         self._is_in_file = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles rest in memory and know of no file; modules that share a payload still do.
+        state = self.__dict__.copy()
+        if self._is_in_file:
+            payload = self.payload
+            verify_payload(payload)
+            own = made_once(payload, _CPU, lambda: to_weight_memory(payload))
+            state["_buffers"] = {**self._buffers, "payload": own}
+            state |= {"resting": None, "_is_in_file": False}
+        state["origin"] = None
+        return state
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],

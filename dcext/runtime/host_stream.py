@@ -133,6 +133,3 @@ class StreamedWeight:
         self.stream = stream
         self.unit = unit
         self.handle = stream.handle
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StreamedWeight:
-        return self  # copies of a module read the same file

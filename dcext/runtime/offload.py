@@ -68,6 +68,9 @@ class Offload:
         """What the stream did so far; None where everything fits."""
         return None if self.stream is None else self.stream.statistics()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # copies and pickles of a model rest in memory
+
     def __str__(self) -> str:
         disk = [name for name, tier in self.tiers.items() if tier == "disk"]
         if not disk:
