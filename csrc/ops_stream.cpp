@@ -12,8 +12,9 @@
 namespace dcext {
 namespace {
 
-// A slot is a huge page, as long as panels are no larger.
+// A slot is a huge page, where there is memory for so many of them that reading ahead goes on while some are in use.
 constexpr int64_t kSlotNbytes = int64_t{2} << 20;
+constexpr int64_t kGoodSlots = 16;
 constexpr int64_t kPage = 4096;
 
 struct Handles {
@@ -50,6 +51,8 @@ HostStream::HostStream(const std::vector<std::string>& paths, const std::vector<
     raise_if_failed((std::string(kOp) + ": " + path).c_str(), bad);
   }
   std::vector<std::vector<Piece>> units;
+  const int64_t piece_nbytes =
+      std::min(kSlotNbytes, slots_nbytes / kGoodSlots / kPage * kPage) - ReadSource::kSlackNbytes;
   for (const Source& source : sources) {
     TORCH_CHECK_VALUE(0 <= source.file && source.file < static_cast<int64_t>(paths.size()), kOp,
                       ": file: expected an index in [0, ", paths.size(), "), got ", source.file);
@@ -63,14 +66,13 @@ HostStream::HostStream(const std::vector<std::string>& paths, const std::vector<
     raise_if_failed(place.c_str(),
                     PayloadView::parse_head(layer->head_bytes.data(), layer->head_bytes.size(),
                                             source.payload.numel(), &layer->head));
-    layer->pieces = PanelPieces::cut(layer->head, files_[source.file].get(), source.offset,
-                                     kSlotNbytes - ReadSource::kSlackNbytes);
+    layer->pieces =
+        PanelPieces::cut(layer->head, files_[source.file].get(), source.offset, piece_nbytes);
     units.push_back(layer->pieces.pieces);
     layers_.push_back(std::move(layer));
   }
-  const int64_t needed = largest_piece(units) + ReadSource::kSlackNbytes;
-  slots_.slot_nbytes =
-      std::max(kSlotNbytes, static_cast<int64_t>(align_up(static_cast<uint64_t>(needed), kPage)));
+  const int64_t needed = std::max(piece_nbytes, largest_piece(units)) + ReadSource::kSlackNbytes;
+  slots_.slot_nbytes = static_cast<int64_t>(align_up(static_cast<uint64_t>(needed), kPage));
   slots_.num_slots = slots_nbytes / slots_.slot_nbytes;
   TORCH_CHECK_VALUE(slots_.num_slots >= kMinSlots, kOp, ": slots_nbytes: expected at least ",
                     kMinSlots * slots_.slot_nbytes, ", room for ", kMinSlots,
