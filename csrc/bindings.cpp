@@ -8,6 +8,7 @@
 
 #include "ops_common.h"
 #include "ops_seek.h"
+#include "ops_stream.h"
 #include "runtime/thread_pool.h"
 
 namespace py = pybind11;
@@ -72,6 +73,36 @@ std::optional<at::Tensor> seek_index_released(const at::Tensor& payload, bool ve
   return seek_index(payload, static_cast<Verify>(verify));
 }
 
+std::shared_ptr<HostStream> make_host_stream(
+    const std::vector<std::string>& paths,
+    const std::vector<std::tuple<std::string, int64_t, int64_t, at::Tensor>>& payloads,
+    int64_t slots_nbytes, bool page_cache) {
+  std::vector<HostStream::Source> sources;
+  for (const auto& [name, file, offset, payload] : payloads) {
+    sources.push_back({name, file, offset, payload});
+  }
+  const auto stream = std::make_shared<HostStream>(
+      paths, sources, slots_nbytes, page_cache ? PageCache::kKeep : PageCache::kBypass);
+  HostStream::enter(stream);
+  return stream;
+}
+
+py::dict host_stream_statistics(HostStream& stream) {
+  constexpr double kSecond = 1e9;
+  const StreamStatistics s = stream.stream().statistics();
+  py::dict out;
+  out["read_nbytes"] = s.read_nbytes;
+  out["used_nbytes"] = s.used_nbytes;
+  out["dropped_nbytes"] = s.dropped_nbytes;
+  out["layers"] = s.uses;
+  out["pieces"] = s.pieces;
+  out["stalls"] = s.stalls;
+  out["stall_s"] = static_cast<double>(s.stall_ns) / kSecond;
+  out["reading_s"] = static_cast<double>(s.reading_ns) / kSecond;
+  out["peak_nbytes"] = s.peak_slots * stream.slot_nbytes();
+  return out;
+}
+
 void set_num_threads(int num_threads) {
   TORCH_CHECK_VALUE(num_threads >= 1, "set_num_threads: expected at least 1, got ", num_threads);
   default_pool().resize(num_threads);
@@ -111,6 +142,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("decode_into", &decode_into, py::arg("payload"), py::arg("out"), py::arg("region"),
         py::arg("num_threads"), py::arg("verify"));
   m.def("seek_index", &seek_index_released, py::arg("payload"), py::arg("verify"));
+  py::class_<HostStream, std::shared_ptr<HostStream>>(m, "HostStream")
+      .def(py::init(&make_host_stream), py::arg("paths"), py::arg("payloads"),
+           py::arg("slots_nbytes"), py::arg("page_cache"))
+      .def_property_readonly("handle", &HostStream::handle)
+      .def_property_readonly("slots_nbytes", &HostStream::slots_nbytes)
+      .def_property_readonly("is_direct", &HostStream::is_direct)
+      .def("statistics", &host_stream_statistics)
+      .def("close", [](HostStream& stream) { stream.stream().close(); });
   m.def("empty_weights", &empty_weights, py::arg("nbytes"));
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
   m.def("get_num_threads", [] { return default_pool().num_threads(); });

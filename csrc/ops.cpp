@@ -4,6 +4,7 @@
 #include "ops_layers.h"
 #include "ops_quantize.h"
 #include "ops_seek.h"
+#include "ops_stream.h"
 
 namespace dcext {
 namespace {
@@ -37,6 +38,12 @@ TORCH_LIBRARY(dcext, m) {
   m.def(
       "embedding(Tensor indices, Tensor payload, Tensor row_scale, Tensor? col_scale, "
       "int embedding_dim, ScalarType dtype) -> Tensor");
+  m.def(
+      "linear_streamed(Tensor x, int stream, int unit, Tensor row_scale, Tensor? col_scale, "
+      "Tensor? bias, str activations) -> Tensor");
+  m.def(
+      "embedding_streamed(Tensor indices, int stream, int unit, Tensor row_scale, "
+      "Tensor? col_scale, int embedding_dim, ScalarType dtype) -> Tensor");
   m.def("quantize_activations(Tensor x, Tensor? col_scale) -> (Tensor, Tensor)");
   m.def(
       "dequantize(Tensor acc, Tensor row_scale, Tensor act_scale, Tensor? bias, "
@@ -53,6 +60,8 @@ TORCH_LIBRARY_IMPL(dcext, CPU, m) {
   m.impl("decode_indexed_", &dcext::decode_indexed_cpu);
   m.impl("linear", &dcext::linear);
   m.impl("embedding", &dcext::embedding);
+  m.impl("linear_streamed", &dcext::linear_streamed);
+  m.impl("embedding_streamed", &dcext::embedding_streamed);
   m.impl("quantize_activations", &dcext::quantize_activations);
   m.impl("dequantize", &dcext::dequantize);
   m.impl("round_columns_", &dcext::round_columns_op);

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <sstream>
 
 #include "codec/payload_encoder.h"
@@ -57,8 +58,15 @@ CodecChoice parse_choice(c10::string_view codec, int64_t level, const int8_t* qw
 void raise_failure(const char* op, const Failure& failure) {
   std::ostringstream message;
   message << op << ": " << to_string(failure.status);
-  if (failure.chunk >= 0) message << " in chunk " << failure.chunk;
-  message << ": " << failure.field;
+  switch (failure.status) {
+    case Status::kReadError:
+      TORCH_CHECK(false, message.str(), ": ", std::strerror(static_cast<int>(failure.found)));
+    case Status::kClosed: TORCH_CHECK(false, message.str(), ": expected a stream that is open");
+    case Status::kFileChanged: message << ": " << failure.field; break;
+    default:
+      if (failure.chunk >= 0) message << " in chunk " << failure.chunk;
+      message << ": " << failure.field;
+  }
   if (failure.status == Status::kBadChecksum || failure.status == Status::kBadMagic) {
     message << std::hex;
   }

@@ -9,9 +9,9 @@
 namespace dcext {
 namespace {
 
-Activations parse_activations(c10::string_view name) {
-  TORCH_CHECK_VALUE(name == "int8" || name == "none",
-                    "dcext::linear: activations: expected 'int8' or 'none', got '", name, "'");
+Activations parse_activations(const char* place, c10::string_view name) {
+  TORCH_CHECK_VALUE(name == "int8" || name == "none", place,
+                    ": activations: expected 'int8' or 'none', got '", name, "'");
   return name == "int8" ? Activations::kInt8 : Activations::kNone;
 }
 
@@ -21,10 +21,17 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& payload, const at::Tens
                   const std::optional<at::Tensor>& col_scale, const std::optional<at::Tensor>& bias,
                   c10::string_view activations) {
   constexpr const char* kOp = "dcext::linear";
-  const PayloadView view = parse_payload(kOp, payload);
-  const int64_t rows = view.layout().rows, cols = view.layout().cols;
-  const ElementType type = element_type(kOp, "x", x.scalar_type());
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == cols && x.is_cpu(), kOp,
+  return linear_from(kOp, parse_payload(kOp, payload), nullptr, x, row_scale, col_scale, bias,
+                     activations);
+}
+
+at::Tensor linear_from(const char* place, const PayloadView& weight, PanelSource* source,
+                       const at::Tensor& x, const at::Tensor& row_scale,
+                       const std::optional<at::Tensor>& col_scale,
+                       const std::optional<at::Tensor>& bias, c10::string_view activations) {
+  const int64_t rows = weight.layout().rows, cols = weight.layout().cols;
+  const ElementType type = element_type(place, "x", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == cols && x.is_cpu(), place,
                     ": x: expected a CPU tensor of shape [..., ", cols, "], got shape ", x.sizes(),
                     " on ", x.device());
   const at::Tensor input = x.contiguous();
@@ -33,18 +40,19 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& payload, const at::Tens
   at::Tensor y = at::empty(shape, x.options());
   if (y.numel() == 0) return y;
   LinearCall call{};
-  call.weight = &view;
-  call.row_scale = vector_data(kOp, "row_scale", row_scale, rows, at::kCPU);
-  call.col_scale = optional_vector_data(kOp, "col_scale", col_scale, cols, at::kCPU);
-  call.bias = optional_vector_data(kOp, "bias", bias, rows, at::kCPU);
+  call.weight = &weight;
+  call.source = source;
+  call.row_scale = vector_data(place, "row_scale", row_scale, rows, at::kCPU);
+  call.col_scale = optional_vector_data(place, "col_scale", col_scale, cols, at::kCPU);
+  call.bias = optional_vector_data(place, "bias", bias, rows, at::kCPU);
   call.x = input.const_data_ptr();
   call.y = y.mutable_data_ptr();
   call.type = type;
   call.tokens = input.numel() / cols;
-  call.activations = parse_activations(activations);
+  call.activations = parse_activations(place, activations);
   call.isa = selected_isa();
   TorchExecutor executor;
-  raise_if_failed(kOp, run_linear(call, executor));
+  raise_if_failed(place, run_linear(call, executor));
   return y;
 }
 
@@ -52,19 +60,26 @@ at::Tensor embedding(const at::Tensor& indices, const at::Tensor& payload,
                      const at::Tensor& row_scale, const std::optional<at::Tensor>& col_scale,
                      int64_t embedding_dim, at::ScalarType dtype) {
   constexpr const char* kOp = "dcext::embedding";
-  const PayloadView view = parse_payload(kOp, payload);
-  const int64_t rows = view.layout().rows, cols = view.layout().cols;
-  TORCH_CHECK_VALUE(embedding_dim == cols, kOp, ": embedding_dim: expected the payload's ", cols,
+  return embedding_from(kOp, parse_payload(kOp, payload), nullptr, indices, row_scale, col_scale,
+                        embedding_dim, dtype);
+}
+
+at::Tensor embedding_from(const char* place, const PayloadView& weight, PanelSource* source,
+                          const at::Tensor& indices, const at::Tensor& row_scale,
+                          const std::optional<at::Tensor>& col_scale, int64_t embedding_dim,
+                          at::ScalarType dtype) {
+  const int64_t rows = weight.layout().rows, cols = weight.layout().cols;
+  TORCH_CHECK_VALUE(embedding_dim == cols, place, ": embedding_dim: expected the payload's ", cols,
                     ", got ", embedding_dim);
-  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, kOp,
+  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, place,
                    ": indices: expected torch.int64 or torch.int32, got ", indices.scalar_type());
-  TORCH_CHECK_VALUE(indices.is_cpu(), kOp, ": indices: expected a CPU tensor, got one on ",
+  TORCH_CHECK_VALUE(indices.is_cpu(), place, ": indices: expected a CPU tensor, got one on ",
                     indices.device());
-  const ElementType type = element_type(kOp, "dtype", dtype);
+  const ElementType type = element_type(place, "dtype", dtype);
   const at::Tensor flat = indices.to(at::kLong).contiguous();
   const int64_t* data = flat.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < flat.numel(); ++i) {
-    TORCH_CHECK_INDEX(0 <= data[i] && data[i] < rows, kOp, ": indices: expected values in [0, ",
+    TORCH_CHECK_INDEX(0 <= data[i] && data[i] < rows, place, ": indices: expected values in [0, ",
                       rows, "), got ", data[i]);
   }
   std::vector<int64_t> shape = indices.sizes().vec();
@@ -72,16 +87,17 @@ at::Tensor embedding(const at::Tensor& indices, const at::Tensor& payload,
   at::Tensor out = at::empty(shape, at::TensorOptions().dtype(dtype));
   if (out.numel() == 0) return out;
   EmbeddingCall call{};
-  call.weight = &view;
-  call.row_scale = vector_data(kOp, "row_scale", row_scale, rows, at::kCPU);
-  call.col_scale = optional_vector_data(kOp, "col_scale", col_scale, cols, at::kCPU);
+  call.weight = &weight;
+  call.source = source;
+  call.row_scale = vector_data(place, "row_scale", row_scale, rows, at::kCPU);
+  call.col_scale = optional_vector_data(place, "col_scale", col_scale, cols, at::kCPU);
   call.indices = data;
   call.count = flat.numel();
   call.out = out.mutable_data_ptr();
   call.type = type;
   call.isa = selected_isa();
   TorchExecutor executor;
-  raise_if_failed(kOp, run_embedding(call, executor));
+  raise_if_failed(place, run_embedding(call, executor));
   return out;
 }
 

@@ -10,6 +10,7 @@ from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.nn import DCEmbedding, DCLinear
 from dcext.pretrained import from_pretrained, save_pretrained
+from dcext.runtime.offload import offload
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "entropy",
     "from_pretrained",
     "get_num_threads",
+    "offload",
     "payload_info",
     "save_pretrained",
     "set_num_threads",

@@ -5,6 +5,8 @@ operator                  computes
 ========================  ========================================================================================
 ``linear``                ``(x * col_scale) @ (qweight * row_scale[:, None]).T + bias`` straight from the payload
 ``embedding``             rows of ``qweight * row_scale[:, None] * col_scale``
+``linear_streamed``       ``linear`` of a layer whose payload a ``HostStream`` reads from its file meanwhile
+``embedding_streamed``    ``embedding`` likewise: only the panels of the rows are read
 ``encode``                the payload of a ``qweight``
 ``decode_out``            a rectangle of ``qweight``, written into ``out``
 ``decode_indexed_``       whole matrices by their seek indices, all in one launch; also on CUDA
@@ -19,6 +21,10 @@ Shapes: ``x`` (..., in_features) float32, bfloat16 or float16; ``payload`` 1-D u
 CPU. ``activations`` is ``"int8"`` (per-token dynamic quantization, exact int32 sums) or ``"none"`` (float32 sums in a
 fixed order); either way the result does not depend on threads or instruction set. Wrong arguments raise ``ValueError``
 or ``TypeError``; ``linear`` and ``embedding`` trust the checksums that were verified when the payload was loaded.
+
+``linear_streamed`` and ``embedding_streamed`` take the handle of a ``dcext._C.HostStream`` and the number of a layer in it
+instead of a payload, and compare every chunk with its checksum. A file that was altered raises ``FormatError``, one that
+cannot be read ``RuntimeError``; the next call tries again.
 
 ``decode_indexed_`` takes equally many payloads, seek indices (``dcext.codec.seek_index``; (blocks, 448) uint8) and outputs
 (out_features, in_features) int8, all on one device, and ``failures`` (1,) int32, into which it or-s bits where data are
@@ -61,6 +67,32 @@ def _(
 def _(
     indices: Tensor,
     payload: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor | None,
+    embedding_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return indices.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+
+
+@torch.library.register_fake("dcext::linear_streamed")
+def _(
+    x: Tensor,
+    stream: int,
+    unit: int,
+    row_scale: Tensor,
+    col_scale: Tensor | None,
+    bias: Tensor | None,
+    activations: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], row_scale.shape[0]))
+
+
+@torch.library.register_fake("dcext::embedding_streamed")
+def _(
+    indices: Tensor,
+    stream: int,
+    unit: int,
     row_scale: Tensor,
     col_scale: Tensor | None,
     embedding_dim: int,

@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcext.codec import payload_info, verify_payload
+from dcext.codec import payload_info
 from dcext.compress import REPORT_ATTRIBUTE, compressed_modules, forget_ties
 from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.format import CheckpointReader, write_checkpoint
 from dcext.format.manifest import FORMAT_VERSION, parse_json_object
 from dcext.nn import DCEmbedding, DCLinear
-from dcext.nn.compressed import CompressedModule, storage_form, to_weight_memory
+from dcext.nn.compressed import CompressedModule, storage_form
 from dcext.nn.device import place
 from dcext.quantize.report import CompressionReport
+from dcext.runtime.budget import parse_nbytes
+from dcext.runtime.host_stream import Origin
+from dcext.runtime.offload import load_payload, offload
 
 QUANT_METHOD = "dcext"
 REPORT_NAME = "compression_report.json"
@@ -93,14 +96,21 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     *,
     device: torch.device | str = "cpu",
+    host_memory: int | str | None = None,
+    page_cache: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Loads a model that ``save_pretrained`` wrote, every byte verified, without ever holding its float weights.
+
+    With ``host_memory``, weights that do not fit there stay in the files and are read while the model runs, ahead of
+    their use (``dcext.offload``); they are verified whenever they are used.
 
     Args:
         directory: the folder.
         dtype: what to compute in; None for the dtype of the model that was compressed.
         device: where the weights rest, compressed, and the model runs (``dcext.nn.place``).
+        host_memory: bytes for weights, or a size such as ``"4GiB"``; None for as much as they need. On the CPU only.
+        page_cache: with ``host_memory``, whether the system may also keep files in memory that is not counted.
         progress: called with the number of bytes loaded since the last call.
 
     Returns:
@@ -108,9 +118,16 @@ def from_pretrained(
 
     Raises:
         RuntimeError: as ``dcext.nn.place``.
+        ValueError: ``host_memory`` is too small: by how much; or it is given for another device than the CPU.
         FileNotFoundError: no such folder.
         FormatError: not a dcext checkpoint, or one that is damaged: file and tensor, expected and found.
     """
+    if host_memory is not None:
+        parse_nbytes("host_memory", host_memory)
+        if torch.device(device).type != "cpu":
+            raise ValueError(
+                f"from_pretrained: host_memory: expected None with device {str(device)!r}, got {host_memory!r}"
+            )
     reader = CheckpointReader(directory)
     if "config.json" not in reader.file_names:
         raise FormatError(
@@ -127,12 +144,14 @@ def from_pretrained(
         data = reader.read_file("generation_config.json")
         generation_config = parse_json_object(data, "generation_config.json")
     model = _skeleton(directory, model_config, generation_config)
-    loader = _Loader(reader, quantization, progress or (lambda nbytes: None))
+    loader = _Loader(reader, quantization, progress or (lambda nbytes: None), host_memory is None)
     loader.load_into(model)
     forget_ties(model, set(compressed_modules(model)))
     if dtype is not None:
         model.to(dtype)
     place(model, device)
+    if host_memory is not None:
+        offload(model, host_memory=host_memory, page_cache=page_cache, progress=progress)
     return model.eval()
 
 
@@ -227,8 +246,11 @@ class _Loader:
         reader: CheckpointReader,
         quantization: Mapping[str, Any],
         progress: Callable[[int], None],
+        payloads: bool,
     ) -> None:
+        """Args: payloads: whether to load them, or to leave them in their files."""
         self.reader = reader
+        self.payloads = payloads
         self.quantization = quantization
         self.progress = progress
         self.used: set[str] = set()
@@ -249,27 +271,36 @@ class _Loader:
             raise FormatError(f"tensor {unused[0]!r}: the model has no place for it")
 
     def tensor(self, name: str) -> Tensor:
-        """A verified copy; payloads go to weight memory."""
+        """A verified copy."""
+        self.use(name)
+        self.reader.verify(name, self.progress)
+        return self.reader.get(name).clone()
+
+    def use(self, name: str) -> None:
         if name not in self.reader:
             raise FormatError(f"tensor {name!r}: expected in the checkpoint, found none")
-        self.reader.verify(name, self.progress)
         self.used.add(name)
-        view = self.reader.get(name)
-        return to_weight_memory(view) if name.endswith(".payload") else view.clone()
+
+    def payload(self, origin: Origin) -> Tensor:
+        """A verified payload in weight memory, or where it lies in its file."""
+        self.use(origin.name)
+        return load_payload(origin, self.progress) if self.payloads else origin.view()
 
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.reader else None
 
     def compressed_module(self, model: nn.Module, name: str) -> CompressedModule:
-        payload = self.tensor(f"{name}.payload")
+        origin = Origin(self.reader, f"{name}.payload")
+        payload = self.payload(origin)
         try:
-            verify_payload(payload)
             found = payload_info(payload)["shape"]
             original = self.float_module(model, name)
             expected = tuple(original.weight.shape)
             if found != expected:
                 raise FormatError(f"expected shape {expected}, found {found}")
-            return self.build(name, original, payload, self.tensor(f"{name}.row_scale"))
+            module = self.build(name, original, payload, self.tensor(f"{name}.row_scale"))
+            module.come_from(origin, in_file=not self.payloads)
+            return module
         except FormatError:
             raise
         except (TypeError, ValueError) as error:
@@ -311,24 +342,17 @@ class _Loader:
                 f"config.json: tied: expected {owner!r} to be compressed, found that it is not"
             )
         original = self.float_module(model, name)
+        dtype, scales = original.weight.dtype, (source.row_scale, source.col_scale)
+        module: CompressedModule
         if isinstance(original, nn.Embedding):
-            return DCEmbedding(
-                source.payload,
-                source.row_scale,
-                source.col_scale,
-                original.weight.dtype,
-                original.padding_idx,
-            )
-        bias = None if original.bias is None else self.tensor(f"{name}.bias")
-        activations = self.quantization.get("activations", {}).get(name, "int8")
-        return DCLinear(
-            source.payload,
-            source.row_scale,
-            source.col_scale,
-            bias,
-            activations,
-            original.weight.dtype,
-        )
+            module = DCEmbedding(source.payload, *scales, dtype, original.padding_idx)
+        else:
+            bias = None if original.bias is None else self.tensor(f"{name}.bias")
+            activations = self.quantization.get("activations", {}).get(name, "int8")
+            module = DCLinear(source.payload, *scales, bias, activations, dtype)
+        if source.origin is not None:
+            module.come_from(source.origin, in_file=source.is_in_file)
+        return module
 
     def float_module(self, model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,19 @@ from dcext.cli.output import (
 )
 
 DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ..")]
+HostMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for weights, such as 4GiB: those that do not fit are read from disk while the model runs.",
+        metavar="SIZE",
+    ),
+]
+PageCacheOption = Annotated[
+    bool,
+    typer.Option(
+        help="With --host-memory: let the system keep files in memory that is not counted."
+    ),
+]
 
 
 def evaluate(
@@ -27,6 +41,8 @@ def evaluate(
         int | None, typer.Option(help="Use only so many tokens of the text.", min=2)
     ] = None,
     device: DeviceOption = "cpu",
+    host_memory: HostMemoryOption = None,
+    page_cache: PageCacheOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity on a text, and tokens per second."""
@@ -34,9 +50,10 @@ def evaluate(
 
     from dcext.evaluate import perplexity
     from dcext.nn.device import raise_if_damaged
+    from dcext.runtime.offload import offload_of
 
     content = text.read_text(encoding="utf-8")
-    model, tokenizer = _load(folder, device)
+    model, tokenizer = _load(folder, device, host_memory, page_cache)
     # Enough text for max_tokens, whatever the tokenizer: a token has at least one byte.
     limit = None if max_tokens is None else 16 * max_tokens + 1024
     ids = torch.tensor(tokenizer(content[:limit], verbose=False).input_ids)[:max_tokens].to(device)
@@ -44,7 +61,10 @@ def evaluate(
         result = perplexity(model, ids, context=context, progress=advance)
     raise_if_damaged(model)
     if as_json:
-        print_json(result.to_dict())
+        offload = offload_of(model)
+        streamed = None if offload is None else offload.statistics()
+        stream = {} if streamed is None else {"stream": streamed.to_dict()}
+        print_json({**result.to_dict(), **stream})
         return
     console().print(
         f"perplexity {result.perplexity:.3f} over {result.tokens} tokens (context {context}), "
@@ -68,14 +88,20 @@ def generate(
         bool, typer.Option(help="Wrap the prompt in the model's chat template.")
     ] = False,
     device: DeviceOption = "cpu",
+    host_memory: HostMemoryOption = None,
+    page_cache: PageCacheOption = False,
+    statistics: Annotated[
+        bool, typer.Option(help="Print where the weights were and what streaming them took.")
+    ] = False,
 ) -> None:
     """Continue a prompt; tokens appear as they are made."""
     import torch
     from transformers import TextStreamer
 
     from dcext.nn.device import raise_if_damaged
+    from dcext.runtime.offload import offload_of
 
-    model, tokenizer = _load(folder, device)
+    model, tokenizer = _load(folder, device, host_memory, page_cache)
     if chat:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -91,13 +117,23 @@ def generate(
     with torch.inference_mode():
         model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     raise_if_damaged(model)
+    if statistics:
+        offload = offload_of(model)
+        text = "all weights in memory" if offload is None else str(offload)
+        print(text, file=sys.stderr)
 
 
-def _load(folder: str, device: str) -> tuple[Any, Any]:
+def _load(folder: str, device: str, host_memory: str | None, page_cache: bool) -> tuple[Any, Any]:
     import dcext
     from dcext.format import CheckpointReader
     from dcext.hub import load_tokenizer
 
     with byte_progress("loading", CheckpointReader(folder).tensor_nbytes) as advance:
-        model = dcext.from_pretrained(folder, device=device, progress=advance)
+        model = dcext.from_pretrained(
+            folder,
+            device=device,
+            host_memory=host_memory,
+            page_cache=page_cache,
+            progress=advance,
+        )
     return model, load_tokenizer(folder)

@@ -12,6 +12,7 @@ from dcext import _C
 from dcext.codec import decode, payload_info, verify_payload
 from dcext.errors import FormatError
 from dcext.nn.device import IndexedWeight, Resting, made_once, rest_on
+from dcext.runtime.host_stream import Origin, StreamedWeight
 
 HUGE_PAGE_NBYTES = 2 << 20
 _CPU = torch.device("cpu")
@@ -43,7 +44,9 @@ class CompressedModule(Resting):
     ``.to("cuda")`` moves it to a GPU as any module, compressed; see ``dcext.nn.device`` for how it rests there.
 
     Attributes:
-        payload: 1-D uint8, the coded ``qweight``; never modified in place, so modules may share one.
+        payload: 1-D uint8, the coded ``qweight``; never modified in place, so modules may share one. Mapped memory where
+            the weights stay in a file (``dcext.offload``).
+        origin: where the payload comes from, or None if not from a file.
         row_scale: ``(out_features,)`` float32; may be given as ``(1,)`` where all rows share one.
         col_scale: ``(in_features,)`` float32, or None; likewise.
     """
@@ -52,6 +55,8 @@ class CompressedModule(Resting):
     row_scale: Tensor
     col_scale: Tensor | None
     _compute_dtype: Tensor
+    origin: Origin | None = None
+    _is_in_file: bool = False
 
     def __init__(
         self, payload: Tensor, row_scale: Tensor, col_scale: Tensor | None, dtype: torch.dtype
@@ -83,6 +88,32 @@ class CompressedModule(Resting):
             vector.dtype == torch.float32 and vector.is_contiguous() and not vector.requires_grad
         )
         return vector if ready else vector.detach().float().contiguous()
+
+    @property
+    def is_in_file(self) -> bool:
+        """Whether the payload is a file's, mapped: not verified yet, and read when it is used."""
+        return self._is_in_file
+
+    def come_from(self, origin: Origin, *, in_file: bool) -> None:
+        """Says where the payload comes from, and whether it is still there, mapped."""
+        self.origin = origin
+        self._is_in_file = in_file
+
+    def rest_in_file(self, view: Tensor, weight: StreamedWeight) -> None:
+        """Leaves the weights in their file.
+
+        Args:
+            view: the payload there, mapped.
+            weight: who reads it.
+        """
+        self.payload = view
+        self.resting = weight
+        self._is_in_file = True
+
+    def rest_in_memory(self, payload: Tensor) -> None:
+        """Takes over a payload that is equal to the module's."""
+        self._leave_device()
+        self.payload = payload
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,6 +195,19 @@ class CompressedModule(Resting):
 
     def _leave_device(self) -> None:
         self.resting = None
+        self._is_in_file = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles rest in memory and know of no file; modules that share a payload still do.
+        state = self.__dict__.copy()
+        if self._is_in_file:
+            payload = self.payload
+            verify_payload(payload)
+            own = made_once(payload, _CPU, lambda: to_weight_memory(payload))
+            state["_buffers"] = {**self._buffers, "payload": own}
+            state |= {"resting": None, "_is_in_file": False}
+        state["origin"] = None
+        return state
 
     def _load_from_state_dict(
         self,
@@ -188,6 +232,7 @@ class CompressedModule(Resting):
                 self._describe(info)
                 device = self.row_scale.device
                 self._leave_device()
+                self.origin = None
                 self.payload = to_weight_memory(payload)
                 if device.type == "cuda":
                     self._rest_on(device)
@@ -200,5 +245,6 @@ class CompressedModule(Resting):
 
     def extra_repr(self) -> str:
         """Shape, codec, size and where the weights rest."""
-        tier = f"{self.payload.device.type}/{self.codec}"
+        place = "disk" if self.is_in_file else self.payload.device.type
+        tier = f"{place}/{self.codec}"
         return f"{self.bits_per_weight:.2f} bits/weight, ratio={self.ratio:.2f}, tier={tier}, dtype={self.dtype}"

@@ -17,6 +17,7 @@ from dcext.errors import FormatError
 
 if TYPE_CHECKING:
     from dcext.kernels.packed_weight import PackedWeight
+    from dcext.runtime.host_stream import StreamedWeight
 
 Made = TypeVar("Made")
 
@@ -177,16 +178,16 @@ def made_once(source: Tensor, device: torch.device, make: Callable[[], Made]) ->
 
 
 class Resting(nn.Module):
-    """What modules have whose weights may rest on a device.
+    """What modules have whose weights may rest elsewhere than in the memory of the CPU.
 
     Attributes:
         shape: ``(out_features, in_features)``.
-        resting: None on the CPU, where layers read the payload itself.
+        resting: None in the memory of the CPU, where layers read the payload itself.
         decoded: the int8 matrix while a block's weights are decoded together (``batch_decodes``), else None.
     """
 
     shape: tuple[int, int]
-    resting: IndexedWeight | PackedWeight | None = None
+    resting: IndexedWeight | PackedWeight | StreamedWeight | None = None
     decoded: Tensor | None = None
 
 

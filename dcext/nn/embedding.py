@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dcext.codec import decode, encode
 from dcext.nn.compressed import CompressedModule
 from dcext.quantize import quantize_absmax
+from dcext.runtime.host_stream import StreamedWeight
 
 
 class DCEmbedding(CompressedModule):
@@ -95,6 +96,17 @@ class DCEmbedding(CompressedModule):
         if self._rows is not None:
             rows = self._rows[indices].float() * self.row_scale[indices][..., None]
             return (rows if self.col_scale is None else rows * self.col_scale).to(self.dtype)
+        weight = self.resting
+        if isinstance(weight, StreamedWeight):
+            return torch.ops.dcext.embedding_streamed(
+                indices,
+                weight.handle,
+                weight.unit,
+                self.row_scale,
+                self.col_scale,
+                self.embedding_dim,
+                self.dtype,
+            )
         return torch.ops.dcext.embedding(
             indices, self.payload, self.row_scale, self.col_scale, self.embedding_dim, self.dtype
         )

@@ -10,8 +10,10 @@ from dcext.codec import encode
 from dcext.config import ACTIVATIONS
 from dcext.nn.compressed import CompressedModule
 from dcext.quantize import quantize_absmax
+from dcext.runtime.host_stream import StreamedWeight
 
 _linear = torch.ops.dcext.linear.default
+_linear_streamed = torch.ops.dcext.linear_streamed.default
 
 
 def _plus_outliers(y: Tensor, x: Tensor, index: Tensor | None, weight: Tensor | None) -> Tensor:
@@ -181,12 +183,15 @@ class DCLinear(CompressedModule):
         return _plus_outliers(y, x, own["outlier_index"], own["outlier_weight"])
 
     def _forward_resting(self, x: Tensor) -> Tensor:
+        weight = self.resting
+        scales = (self.row_scale, self.col_scale, self.bias)
+        index, columns = self.outlier_index, self.outlier_weight
+        if isinstance(weight, StreamedWeight):
+            y = _linear_streamed(x, weight.handle, weight.unit, *scales, self.activations)
+            return _plus_outliers(y, x, index, columns)
         from dcext.kernels.int8_gemm import int8_linear  # imports triton
         from dcext.kernels.packed import PackedWeight, packed_linear
 
-        scales = (self.row_scale, self.col_scale, self.bias)
-        index, columns = self.outlier_index, self.outlier_weight
-        weight = self.resting
         if isinstance(weight, PackedWeight):
             y = packed_linear(x, weight, *scales, self.activations)
             return _plus_outliers(y, x, index, columns)

@@ -1,0 +1,135 @@
+"""Layers whose payloads stay in their files and are read, ahead of their use, while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dcext import _C
+from dcext.format import CheckpointReader
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a payload comes from: a tensor of a checkpoint."""
+
+    reader: CheckpointReader
+    name: str
+
+    def view(self) -> Tensor:
+        """Its bytes as mapped memory, not verified: pages that the system reads when they are touched, and may drop."""
+        return self.reader.get(self.name)
+
+
+@dataclass(frozen=True)
+class StreamStatistics:
+    """What a stream has done since it was made.
+
+    Attributes:
+        read_nbytes: bytes read from files.
+        used_nbytes: of those, bytes that layers multiplied.
+        dropped_nbytes: of those, bytes read for nothing, because layers ran in another order than expected.
+        layers: calls of layers.
+        pieces: reads that layers asked for.
+        stalls: of those, reads that a layer had to wait for.
+        stall_s: seconds in which a layer waited.
+        reading_s: seconds in which the files were read.
+        peak_nbytes: most memory in use for reads at a time.
+        slots_nbytes: memory that there is for them.
+        page_cache: ``"bypassed"``, ``"dropped"`` (the file system cannot bypass it) or ``"used"``.
+    """
+
+    read_nbytes: int
+    used_nbytes: int
+    dropped_nbytes: int
+    layers: int
+    pieces: int
+    stalls: int
+    stall_s: float
+    reading_s: float
+    peak_nbytes: int
+    slots_nbytes: int
+    page_cache: str
+
+    @property
+    def overlap(self) -> float:
+        """Share of the reading time during which no layer waited: 1 where computing hides the disk."""
+        return 1 - min(self.stall_s / self.reading_s, 1.0) if self.reading_s > 0 else 1.0
+
+    @property
+    def read_gbps(self) -> float:
+        """GB/s while files were read."""
+        return self.read_nbytes / self.reading_s / 1e9 if self.reading_s > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "overlap": self.overlap, "read_gbps": self.read_gbps}
+
+    def __str__(self) -> str:
+        return (
+            f"read {self.read_nbytes / 1e9:.2f} GB at {self.read_gbps:.2f} GB/s ({self.dropped_nbytes / 1e6:.0f} MB "
+            f"for nothing), {self.layers} layers, waited {self.stall_s:.2f} of {self.reading_s:.2f} s "
+            f"(overlap {100 * self.overlap:.0f} %), at most {self.peak_nbytes / 1e6:.0f} MB in flight"
+        )
+
+
+class HostStream:
+    """Reads payloads into memory of fixed size, a few huge pages each, in the order in which layers use them."""
+
+    def __init__(
+        self, origins: Mapping[str, Origin], slots_nbytes: int, *, page_cache: bool = False
+    ) -> None:
+        """Opens the files.
+
+        Args:
+            origins: of each layer's payload, by the layer's name, in the order in which layers are used at first.
+            slots_nbytes: memory to read into.
+            page_cache: whether the system may keep what was read in memory that is not counted here.
+
+        Raises:
+            FormatError: a payload's header is corrupt.
+            RuntimeError: a file cannot be opened.
+            ValueError: ``slots_nbytes`` has no room for two reads.
+        """
+        paths: dict[str, int] = {}
+        payloads = []
+        for name, origin in origins.items():
+            info = origin.reader.info(origin.name)
+            path = str(origin.reader.directory / info.file)
+            file = paths.setdefault(path, len(paths))
+            payloads.append((name, file, info.offset, origin.view()))
+        self._page_cache = page_cache
+        self._stream = _C.HostStream(list(paths), payloads, slots_nbytes, page_cache)
+        self.handle: int = self._stream.handle
+        self.names: Sequence[str] = tuple(origins)
+        self.slots_nbytes: int = self._stream.slots_nbytes
+
+    def statistics(self) -> StreamStatistics:
+        """What was done so far."""
+        dropped = "bypassed" if self._stream.is_direct else "dropped"
+        return StreamStatistics(
+            **self._stream.statistics(),
+            slots_nbytes=self.slots_nbytes,
+            page_cache="used" if self._page_cache else dropped,
+        )
+
+    def close(self) -> None:
+        """Drops what was read ahead. Layers that run, or are called later, raise ``RuntimeError``."""
+        self._stream.close()
+
+
+class StreamedWeight:
+    """A layer's weights on the disk: what takes the place of a payload that rests on a device.
+
+    Attributes:
+        stream: who reads them.
+        unit: their number there.
+    """
+
+    def __init__(self, stream: HostStream, unit: int) -> None:
+        self.stream = stream
+        self.unit = unit
+        self.handle = stream.handle
