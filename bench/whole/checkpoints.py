@@ -27,6 +27,9 @@ def make_checkpoint(shape: str, codec: str, folder: Path) -> Path:
         part = path.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
         if codec == BFLOAT16:
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()
             model = drawn_model(shape, "normal", None)
             for keys in ("_tied_weights_keys", "all_tied_weights_keys"):  # drawn_model forgot them
                 setattr(model, keys, dict(type(model)._tied_weights_keys))

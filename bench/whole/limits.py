@@ -86,7 +86,12 @@ def disk_of(folder: Path) -> str:
     if not entry.exists():
         raise RuntimeError(f"{folder}: expected a file system on one disk to limit")
     entry = entry.resolve()
-    return (entry.parent if (entry / "partition").exists() else entry).joinpath("dev").read_text().strip()
+    return (
+        (entry.parent if (entry / "partition").exists() else entry)
+        .joinpath("dev")
+        .read_text()
+        .strip()
+    )
 
 
 def _control_groups(limits: Limits, stack: contextlib.ExitStack) -> Confinement:
@@ -96,7 +101,10 @@ def _control_groups(limits: Limits, stack: contextlib.ExitStack) -> Confinement:
     if limits.memory_nbytes is not None:
         memory_group = _group("memory", stack)
         groups.append(memory_group)
-        for name in ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"):  # the latter counts swap
+        for name in (
+            "memory.limit_in_bytes",
+            "memory.memsw.limit_in_bytes",
+        ):  # the latter counts swap
             if (memory_group / name).exists():
                 (memory_group / name).write_text(str(limits.memory_nbytes))
     if limits.disk_bytes_per_s is not None:
@@ -109,7 +117,11 @@ def _control_groups(limits: Limits, stack: contextlib.ExitStack) -> Confinement:
 
 def _group(controller: str, stack: contextlib.ExitStack) -> Path:
     lines = Path("/proc/self/cgroup").read_text().splitlines()
-    paths = {c: path for _, names, path in (line.split(":", 2) for line in lines) for c in names.split(",")}
+    paths = {
+        c: path
+        for _, names, path in (line.split(":", 2) for line in lines)
+        for c in names.split(",")
+    }
     if controller not in paths:
         raise FileNotFoundError(controller)
     group = CGROUPS / controller / paths[controller].lstrip("/") / NAME.format(os.getpid())
@@ -145,6 +157,8 @@ def _scope(limits: Limits) -> Confinement | None:
 
 def _resource_limit(limits: Limits) -> Confinement:
     if limits.disk_bytes_per_s is not None:
-        raise RuntimeError("--disk-limit: expected control groups that may be made here, or systemd")
+        raise RuntimeError(
+            "--disk-limit: expected control groups that may be made here, or systemd"
+        )
     script = LIMIT_DATA.format(kib=(limits.memory_nbytes or 0) >> 10)
     return Confinement("RLIMIT_DATA (no page cache)", ["sh", "-c", script, "sh"])
