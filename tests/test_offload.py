@@ -246,6 +246,26 @@ def test_threads_share_a_stream(folders):
     assert not wrong
 
 
+def test_a_running_model_is_offloaded_again(folders):
+    model = dcext.from_pretrained(folders["zstd"])
+    expected = logits(model, 3)
+    done = threading.Event()
+    results: list[bool] = []
+
+    def work() -> None:
+        while not done.is_set():
+            results.append(torch.equal(logits(model, 3), expected))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for budget in (LEAST, "1GiB", "14MB", LEAST, "1GiB") * 3:
+        dcext.offload(model, host_memory=budget)
+    done.set()
+    thread.join()
+    assert results
+    assert all(results)
+
+
 def test_layers_in_another_order(folders):
     resident = dict(compressed_modules(dcext.from_pretrained(folders["raw"])))
     model = streamed(folders["raw"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -9,8 +11,12 @@ from dcext import ops  # noqa: F401  (registers linear)
 from dcext.codec import encode
 from dcext.config import ACTIVATIONS
 from dcext.nn.compressed import CompressedModule
+from dcext.nn.device import IndexedWeight
 from dcext.quantize import quantize_absmax
 from dcext.runtime.host_stream import StreamedWeight
+
+if TYPE_CHECKING:
+    from dcext.kernels.packed_weight import PackedWeight
 
 _linear = torch.ops.dcext.linear.default
 _linear_streamed = torch.ops.dcext.linear_streamed.default
@@ -174,28 +180,30 @@ class DCLinear(CompressedModule):
         Returns:
             ``(..., out_features)``, dtype of ``x``. A token with NaN or infinity gives NaN (W8A8).
         """
-        if self.resting is not None:
-            return self._forward_resting(x)
+        weight = self.resting
+        if weight is not None:
+            return self._forward_resting(x, weight)
         # Looking buffers up as attributes takes as long as a small layer's product.
         own = self._buffers
         scales = (own["row_scale"], own["col_scale"])
         y = _linear(x, own["payload"], *scales, own["bias"], self.activations)
         return _plus_outliers(y, x, own["outlier_index"], own["outlier_weight"])
 
-    def _forward_resting(self, x: Tensor) -> Tensor:
-        weight = self.resting
+    def _forward_resting(
+        self, x: Tensor, weight: IndexedWeight | PackedWeight | StreamedWeight
+    ) -> Tensor:
         scales = (self.row_scale, self.col_scale, self.bias)
         index, columns = self.outlier_index, self.outlier_weight
         if isinstance(weight, StreamedWeight):
             y = _linear_streamed(x, weight.handle, weight.unit, *scales, self.activations)
             return _plus_outliers(y, x, index, columns)
         from dcext.kernels.int8_gemm import int8_linear  # imports triton
-        from dcext.kernels.packed import PackedWeight, packed_linear
+        from dcext.kernels.packed import packed_linear
 
-        if isinstance(weight, PackedWeight):
+        if not isinstance(weight, IndexedWeight):
             y = packed_linear(x, weight, *scales, self.activations)
             return _plus_outliers(y, x, index, columns)
-        qweight = self.qweight() if self.decoded is None else self.decoded
+        qweight = weight.qweight() if self.decoded is None else self.decoded
         outliers = None if index is None or columns is None else (index, columns)
         return int8_linear(x, qweight, *scales, outliers, self.activations)
 
