@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -250,6 +251,8 @@ def run(arguments: argparse.Namespace, scratch: Path) -> list[str]:
 def main() -> None:
     """Command line: see above."""
     arguments = parse()
+    # Ends the worker and removes its limits, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     with tempfile.TemporaryDirectory(prefix="dcext-offload-") as scratch:
         failed = run(arguments, Path(scratch))
     if failed:
