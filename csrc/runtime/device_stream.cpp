@@ -69,7 +69,7 @@ Failure DeviceStream::create(Link& link, std::vector<DeviceUnit> units, const De
                              const DecodeRing& ring, const DeviceStreamOptions& options,
                              std::unique_ptr<DeviceStream>* stream) {
   if (units.empty()) return bad_argument("number of units", 1, 0);
-  if (slots.num_slots < 1) return bad_argument("number of slots", 1, slots.num_slots);
+  if (slots.data.empty()) return bad_argument("number of slots", 1, 0);
   std::unique_ptr<DeviceStream> made(new DeviceStream(link, std::move(units), slots, options));
   const Failure failure = made->prepare(ring);
   if (failure.ok()) *stream = std::move(made);
@@ -83,8 +83,8 @@ Failure DeviceStream::prepare(const DecodeRing& ring) {
     if (nbytes > slots_.slot_nbytes) return bad_argument("slot bytes", nbytes, slots_.slot_nbytes);
     slot_nbytes_.push_back(nbytes);
   }
-  Failure failure = eager_.prepare(link_, link_.copy_stream(), slots_.num_slots);
-  if (failure.ok()) failure = captured_.prepare(link_, link_.capture_stream(), slots_.num_slots);
+  Failure failure = eager_.prepare(link_, link_.copy_stream(), slots_.num_slots());
+  if (failure.ok()) failure = captured_.prepare(link_, link_.capture_stream(), slots_.num_slots());
   if (!failure.ok()) return failure;
   const auto needs_thread = [](const DeviceUnit& unit) { return unit.needs_thread(); };
   if (!std::any_of(units_.begin(), units_.end(), needs_thread)) return {};
@@ -103,7 +103,7 @@ DeviceStream::~DeviceStream() { close(); }
 bool DeviceStream::is_usable() const { return getpid() == owner_; }
 
 uint8_t* DeviceStream::address(int64_t unit) const {
-  return slots_.data + unit % slots_.num_slots * slots_.slot_nbytes;
+  return slots_.data[static_cast<size_t>(unit % slots_.num_slots())];
 }
 
 void DeviceStream::close() {
@@ -325,6 +325,7 @@ void DeviceStream::keep_nothing(SlotLane& lane, const OrderKey& key) {
 int64_t DeviceStream::ahead_nbytes(SlotLane& lane) {
   int64_t nbytes = 0;
   for (DeviceSlot& slot : lane.slots) {
+    if (slot.unit < 0) continue;
     const bool counts =
         lane.capture == 0 ? slot.fill != Fill::kDone || lane.update(slot) : slot.ahead;
     if (counts) nbytes += units_[slot.unit].nbytes();
@@ -350,7 +351,7 @@ void DeviceStream::copy_ahead(SlotLane& lane, const OrderKey& key) {
   for (;;) {
     const int64_t next = learnt_.expected_after(position);
     if (!may_copy_ahead(lane, position.last, next)) return;
-    const auto index = static_cast<size_t>(next % slots_.num_slots);
+    const auto index = static_cast<size_t>(next % slots_.num_slots());
     if (passed[index]) return;  // needed sooner for another
     passed[index] = true;
     DeviceSlot& slot = lane.slots[index];

@@ -19,9 +19,10 @@ namespace dcext {
 
 /** Memory of a device that units are copied to. Unit u goes to slot u % num_slots: always to the same address. */
 struct DeviceSlots {
-  uint8_t* data = nullptr;
+  std::vector<uint8_t*> data;  ///< two or more, for one to be filled while another is used
   int64_t slot_nbytes = 0;
-  int64_t num_slots = 0;  ///< two or more, for one to be filled while another is used
+
+  int64_t num_slots() const { return static_cast<int64_t>(data.size()); }
 };
 
 struct DeviceStreamOptions {
@@ -125,7 +126,7 @@ class DeviceStream {
   /** Whether slots that nobody uses still hold what they were filled with. */
   bool trusts(const SlotLane& lane) const { return &lane == &captured_ || !had_capture_; }
   DeviceSlot& slot_of(SlotLane& lane, int64_t unit) const {
-    return lane.slots[static_cast<size_t>(unit % slots_.num_slots)];
+    return lane.slots[static_cast<size_t>(unit % slots_.num_slots())];
   }
 
   Link& link_;

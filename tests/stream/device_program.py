@@ -13,17 +13,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "third_party")]
 
-import fetch  # noqa: E402  (third_party/fetch.py)
 from emulated_kernel import SANITIZERS, compiler  # noqa: E402
+
+import fetch  # noqa: E402  (third_party/fetch.py)
 
 BUILD = ROOT / "build" / "stream"
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer"]
 FLAGS += ["-fno-sanitize-recover=all", "-pthread"]
-SOURCES = """
-    runtime/device_slots runtime/device_stream runtime/host_link runtime/memory runtime/read_threads runtime/thread_pool
-    runtime/unit_copier runtime/weight_stream codec/filter codec/packed codec/payload_decoder codec/payload_encoder
-    codec/unpack codec/zstd_frame format/payload base/checksum base/cpu_features base/status
-""".split()
+SOURCES = {
+    "runtime": ["device_slots", "device_stream", "host_link", "memory", "read_threads"],
+    "codec": ["filter", "packed", "payload_decoder", "payload_encoder", "unpack", "zstd_frame"],
+    "format": ["payload"],
+    "base": ["checksum", "cpu_features", "status"],
+}
+SOURCES["runtime"] += ["thread_pool", "unit_copier", "weight_stream"]
 
 
 def build(sanitizer: str) -> Path:
@@ -34,7 +37,9 @@ def build(sanitizer: str) -> Path:
     folder = BUILD / f"device_{sanitizer}"
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / "device_stress"
-    sources = [ROOT / "csrc" / f"{name}.cpp" for name in SOURCES]
+    sources = [
+        ROOT / "csrc" / room / f"{name}.cpp" for room, names in SOURCES.items() for name in names
+    ]
     sources.append(ROOT / "tests" / "stream" / "device_stress.cpp")
     command = [compiler(), *FLAGS, f"-fsanitize={SANITIZERS[sanitizer]}"]
     headers = [

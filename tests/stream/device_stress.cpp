@@ -22,7 +22,17 @@
 namespace dcext {
 namespace {
 
-using Random = std::minstd_rand;
+// Small generators whose neighbouring seeds have nothing in common (the finalizer of SplitMix64).
+struct Random : std::minstd_rand {
+  explicit Random(uint64_t seed) : std::minstd_rand(mixed(seed)) {}
+
+  static result_type mixed(uint64_t x) {
+    x += 0x9e3779b97f4a7c15;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+    return static_cast<result_type>((x ^ (x >> 31)) >> 33);
+  }
+};
 
 [[noreturn]] void fail(const std::string& text) {
   std::fprintf(stderr, "device_stress: %s\n", text.c_str());
@@ -100,7 +110,7 @@ class ShakySource final : public ReadSource {
   std::vector<uint8_t> bytes;
 
   Failure read(int64_t offset, int64_t nbytes, uint8_t* dst, const uint8_t** data) override {
-    thread_local Random random(std::hash<std::thread::id>()(std::this_thread::get_id()) & 0xffff);
+    thread_local Random random(std::hash<std::thread::id>()(std::this_thread::get_id()));
     pause(random);
     if (chance(random, failures_)) return {Status::kReadError, "drawn", -1, 0, 5};
     std::memcpy(dst + offset % 4096, bytes.data() + offset, static_cast<size_t>(nbytes));
@@ -260,7 +270,10 @@ struct Round {
 
   void open(int64_t num_slots, const DeviceStreamOptions& options) {
     memory.resize(static_cast<size_t>(num_slots * model.slot_nbytes));
-    const DeviceSlots slots{memory.data(), model.slot_nbytes, num_slots};
+    DeviceSlots slots{{}, model.slot_nbytes};
+    for (int64_t i = 0; i < num_slots; ++i) {
+      slots.data.push_back(memory.data() + i * model.slot_nbytes);
+    }
     const Failure failure =
         DeviceStream::create(link, model.units, slots, model.decode_ring(), options, &stream);
     check(failure.ok(), failure.field);
