@@ -7,6 +7,7 @@
 #include <zstd.h>
 
 #include "ops_common.h"
+#include "ops_device_stream.h"
 #include "ops_seek.h"
 #include "runtime/thread_pool.h"
 
@@ -72,6 +73,28 @@ std::optional<at::Tensor> seek_index_released(const at::Tensor& payload, bool ve
   return seek_index(payload, static_cast<Verify>(verify));
 }
 
+py::dict stream_statistics(const TensorStream& stream) {
+  const DeviceStreamStatistics statistics = stream.stream().statistics();
+  py::dict result;
+  result["begins"] = statistics.begins;
+  result["hits"] = statistics.hits;
+  result["late"] = statistics.late;
+  result["copied_nbytes"] = statistics.copied_nbytes;
+  result["stall_ns"] = statistics.stall_ns;
+  return result;
+}
+
+void bind_device_stream(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> kReleased;
+  py::class_<TensorStream, std::shared_ptr<TensorStream>>(m, "DeviceStream")
+      .def(py::init(&TensorStream::open), py::arg("host"), py::arg("decoded"), py::arg("slots"),
+           py::arg("ring"), py::arg("max_ahead_nbytes"), py::arg("ahead_in_captures"))
+      .def_property_readonly("handle", &TensorStream::handle)
+      .def("statistics", &stream_statistics)
+      .def("join", &TensorStream::join, kReleased)
+      .def("close", &TensorStream::close, kReleased);
+}
+
 void set_num_threads(int num_threads) {
   TORCH_CHECK_VALUE(num_threads >= 1, "set_num_threads: expected at least 1, got ", num_threads);
   default_pool().resize(num_threads);
@@ -112,6 +135,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("num_threads"), py::arg("verify"));
   m.def("seek_index", &seek_index_released, py::arg("payload"), py::arg("verify"));
   m.def("empty_weights", &empty_weights, py::arg("nbytes"));
+  bind_device_stream(m);
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
   m.def("get_num_threads", [] { return default_pool().num_threads(); });
   m.def("available_cpus", &available_cpus);

@@ -64,7 +64,7 @@ void raise_failure(const char* op, const Failure& failure) {
   }
   if (failure.status == Status::kCorrupt) {
     message << ": expected " << failure.expected << ", the coded data end early or are damaged";
-  } else {
+  } else if (failure.status != Status::kClosed) {
     message << ": expected " << failure.expected << ", found " << failure.found;
   }
   const c10::SourceLocation where{__func__, __FILE__, static_cast<uint32_t>(__LINE__)};
@@ -72,7 +72,9 @@ void raise_failure(const char* op, const Failure& failure) {
     case Status::kOutOfMemory: throw c10::OutOfMemoryError(where, message.str());
     case Status::kBadArgument:
     case Status::kDstTooSmall:
-    case Status::kInternal: throw c10::Error(where, message.str());
+    case Status::kInternal:
+    case Status::kClosed:
+    case Status::kDeviceError: throw c10::Error(where, message.str());
     default: throw FormatError(where, message.str());
   }
 }
