@@ -20,6 +20,7 @@ enum class Status : int32_t {
   kReadError = 11,   ///< the system could not read a file
   kFileChanged = 12,  ///< a file is not the one that was opened: it was written to, or cut short
   kClosed = 13,      ///< a stream was closed while, or before, it was used
+  kDeviceError = 14,  ///< a device, or its driver, refused a call
 };
 
 /** A short English phrase without a full stop, for error messages. Never null. */

@@ -7,8 +7,6 @@
 namespace dcext {
 namespace {
 
-constexpr int64_t kAny = -2;  // in place of the unit before the last
-
 enum class State { kUnread, kReading, kReady, kHeld, kFailed, kReleased };
 
 int64_t now_ns() {
@@ -28,6 +26,10 @@ class WeightStream::Use {
     int64_t slot = -1;
     const uint8_t* data = nullptr;
     Failure failure;
+
+    bool is_over() const {
+      return state == State::kReady || state == State::kHeld || state == State::kFailed;
+    }
   };
 
   explicit Use(int64_t the_unit) : unit(the_unit) {}
@@ -53,14 +55,18 @@ class WeightStream::Use {
 
 // What a thread used last and is expected to use next.
 struct WeightStream::Order {
-  int64_t before = -1, last = -1;
+  LearntOrder::Position position;
   std::deque<UsePtr> expected;
   int64_t touched = 0;
 };
 
 WeightStream::WeightStream(std::vector<std::vector<Piece>> units, SlotMemory slots,
                            ReadThreads& threads)
-    : units_(std::move(units)), slots_(slots), threads_(threads), owner_(getpid()) {
+    : units_(std::move(units)),
+      slots_(slots),
+      threads_(threads),
+      owner_(getpid()),
+      learnt_(num_units()) {
   for (int64_t slot = slots_.num_slots; slot-- > 0;) free_slots_.push_back(slot);
   threads_.attach(this);
 }
@@ -97,7 +103,7 @@ WeightStream::UsePtr WeightStream::begin(int64_t unit) {
       }
     }
     if (use == nullptr) use = make_use(unit);
-    learn(order, unit);
+    learnt_.learn(&order.position, unit);
     active_.push_back(use);
     expect_more(order);
     drop_idle_orders();
@@ -127,39 +133,21 @@ WeightStream::Order& WeightStream::order_of_this_thread() {
   return order;
 }
 
-void WeightStream::learn(Order& order, int64_t unit) {
-  if (order.last >= 0) {
-    learnt_[{order.before, order.last}] = unit;
-    learnt_[{kAny, order.last}] = unit;
-  }
-  order.before = order.last;
-  order.last = unit;
-}
-
-int64_t WeightStream::expected_after(int64_t before, int64_t unit) const {
-  for (const int64_t context : {before, kAny}) {
-    const auto found = learnt_.find({context, unit});
-    if (found != learnt_.end()) return found->second;
-  }
-  return (unit + 1) % num_units();
-}
-
 // Expects as much as all slots hold; pieces get slots one by one, so that more would never be read ahead.
 void WeightStream::expect_more(Order& order) {
   if (closed_) return;
-  int64_t before = order.before, last = order.last, pieces = 0;
+  LearntOrder::Position position = order.position;
+  int64_t pieces = 0;
   for (const UsePtr& use : order.expected) {
-    before = last;
-    last = use->unit;
+    position = position.after(use->unit);
     pieces += static_cast<int64_t>(use->parts.size());
   }
   // A unit without pieces would go on for ever.
   for (int64_t i = 0; pieces < slots_.num_slots && i < num_units(); ++i) {
-    const int64_t next = expected_after(before, last);
+    const int64_t next = learnt_.expected_after(position);
     order.expected.push_back(make_use(next));
     pieces += static_cast<int64_t>(units_[next].size());
-    before = last;
-    last = next;
+    position = position.after(next);
   }
 }
 
@@ -195,10 +183,7 @@ void WeightStream::free_slot(int64_t slot) { free_slots_.push_back(slot); }
 Failure WeightStream::wait(Use& use, int64_t index, const uint8_t** data) {
   std::unique_lock<std::mutex> lock(mutex_);
   Use::Part& part = use.parts[index];
-  const auto is_over = [&] {
-    return closed_ || part.state == State::kReady || part.state == State::kHeld ||
-           part.state == State::kFailed;
-  };
+  const auto is_over = [&] { return closed_ || part.is_over(); };
   ++statistics_.pieces;
   if (!is_over()) {
     ++statistics_.stalls;
@@ -213,6 +198,11 @@ Failure WeightStream::wait(Use& use, int64_t index, const uint8_t** data) {
   part.state = State::kHeld;
   *data = part.data;
   return {};
+}
+
+bool WeightStream::is_over(const Use& use, int64_t index) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return closed_ || use.parts[index].is_over();
 }
 
 void WeightStream::release(Use& use, int64_t index) {

@@ -174,7 +174,7 @@ class _Search:
         budget_of_work = PAIRS // max(things * options, 1)
         now = self.problem.seconds(choice)
         for _ in range(max(1, min(budget_of_work, 4 * things))):
-            best = (now * (1 - IMPROVES), None)
+            best: tuple[float, Choice | None] = (now * (1 - IMPROVES), None)
             for thing, option in np.argwhere(self.exists):
                 if option == choice[thing]:
                     continue
