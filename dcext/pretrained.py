@@ -22,8 +22,8 @@ from dcext.nn.compressed import CompressedModule, storage_form
 from dcext.nn.device import place
 from dcext.quantize.report import CompressionReport
 from dcext.runtime.budget import parse_nbytes
-from dcext.runtime.host_stream import Origin
-from dcext.runtime.offload import load_payload, offload
+from dcext.runtime.offload import offload
+from dcext.runtime.origin import Origin
 
 QUANT_METHOD = "dcext"
 REPORT_NAME = "compression_report.json"
@@ -284,7 +284,7 @@ class _Loader:
     def payload(self, origin: Origin) -> Tensor:
         """A verified payload in weight memory, or where it lies in its file."""
         self.use(origin.name)
-        return load_payload(origin, self.progress) if self.payloads else origin.view()
+        return origin.load(self.progress) if self.payloads else origin.view()
 
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.reader else None

@@ -6,22 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
-
 from dcext import _C
-from dcext.format import CheckpointReader
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a payload comes from: a tensor of a checkpoint."""
-
-    reader: CheckpointReader
-    name: str
-
-    def view(self) -> Tensor:
-        """Its bytes as mapped memory, not verified: pages that the system reads when they are touched, and may drop."""
-        return self.reader.get(self.name)
+from dcext.runtime.origin import Origin
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dcext.codec import verify_payload
-from dcext.nn.compressed import CompressedModule, to_weight_memory
+from dcext.nn.compressed import CompressedModule
 from dcext.nn.embedding import DCEmbedding
 from dcext.runtime.budget import format_nbytes, parse_nbytes
-from dcext.runtime.host_stream import HostStream, Origin, StreamedWeight, StreamStatistics
+from dcext.runtime.host_stream import HostStream, StreamedWeight, StreamStatistics
+from dcext.runtime.origin import Origin
 
 OFFLOAD_ATTRIBUTE = "dcext_offload"
 # Of reads: 32 of 2 MiB, which bridge 20 ms at 3 GB/s, longer than anything that is not a layer takes.
@@ -157,8 +157,7 @@ def _weights(model: nn.Module) -> list[Weight]:
         if key in found:
             found[key].modules.append(module)
         else:
-            nbytes = origin.reader.info(origin.name).nbytes
-            found[key] = Weight(name, [module], origin, nbytes)
+            found[key] = Weight(name, [module], origin, origin.nbytes)
     if not found:
         raise ValueError("offload: model: expected compressed layers, found none")
     return list(found.values())
@@ -219,22 +218,10 @@ def _place(
                 module.rest_in_file(view, StreamedWeight(stream, unit))
     for weight in weights:
         if weight.name in resident and weight.modules[0].is_in_file:
-            payload = load_payload(weight.origin, progress)
+            payload = weight.origin.load(progress)
             for module in weight.modules:
                 module.rest_in_memory(payload)
     return stream
-
-
-def load_payload(origin: Origin, progress: Callable[[int], None]) -> Tensor:
-    """A verified copy of a payload in weight memory.
-
-    Raises:
-        FormatError: it is damaged.
-    """
-    origin.reader.verify(origin.name, progress)
-    payload = to_weight_memory(origin.view())
-    verify_payload(payload)
-    return payload
 
 
 def offload_of(model: Any) -> Offload | None:
