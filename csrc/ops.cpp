@@ -34,7 +34,7 @@ TORCH_LIBRARY(dcext, m) {
       "decode_indexed_(Tensor[] payloads, Tensor[] indices, Tensor(a!)[] outs, "
       "Tensor(b!) failures) -> ()");
   m.def("fetch_(int stream, int unit, Tensor(a!) slot) -> ()");
-  m.def("fetched_(int stream, int unit, Tensor(a!) slot) -> ()");
+  m.def("fetched_(int stream, int unit, Tensor(a!) slot, Tensor? after=None) -> ()");
   m.def(
       "linear(Tensor x, Tensor payload, Tensor row_scale, Tensor? col_scale, Tensor? bias, "
       "str activations) -> Tensor");

@@ -95,7 +95,8 @@ void fetch_cuda(int64_t stream, int64_t unit, at::Tensor slot) {
   fetch(stream, unit, slot, current_cuda_stream(slot.device()));
 }
 
-void fetched_cuda(int64_t stream, int64_t unit, at::Tensor slot) {
+void fetched_cuda(int64_t stream, int64_t unit, at::Tensor slot,
+                  const std::optional<at::Tensor>& after) {
   fetched(stream, unit, slot, current_cuda_stream(slot.device()));
 }
 

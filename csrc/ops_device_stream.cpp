@@ -201,7 +201,8 @@ void fetch_cpu(int64_t handle, int64_t unit, at::Tensor slot) {
   fetch(handle, unit, slot, HostLink::kNow);
 }
 
-void fetched_cpu(int64_t handle, int64_t unit, at::Tensor slot) {
+void fetched_cpu(int64_t handle, int64_t unit, at::Tensor slot,
+                 const std::optional<at::Tensor>& after) {
   fetched(handle, unit, slot, HostLink::kNow);
 }
 

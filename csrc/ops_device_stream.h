@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -59,7 +60,9 @@ void fetch(int64_t handle, int64_t unit, const at::Tensor& slot, Link::Stream co
 void fetched(int64_t handle, int64_t unit, const at::Tensor& slot, Link::Stream consumer);
 
 void fetch_cpu(int64_t handle, int64_t unit, at::Tensor slot);
-void fetched_cpu(int64_t handle, int64_t unit, at::Tensor slot);
+/** @param after   not read: in a compiler's graph, the call comes behind what computes it. */
+void fetched_cpu(int64_t handle, int64_t unit, at::Tensor slot,
+                 const std::optional<at::Tensor>& after);
 
 #ifdef DCEXT_WITH_CUDA
 /** The current stream of a device, for TensorStream::join. Defined in ops_cuda.cpp. */

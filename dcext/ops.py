@@ -37,7 +37,8 @@ written, whatever the bytes. ``int8_linear``, products with plain int8 weights o
 slot where it lies (uint8, at least the unit's bytes), which both are said to mutate, so that compilers keep them in
 order around what reads it. Any other tensor raises ``ValueError``: a copy of a slot never receives the bytes
 (of ``torch.compile``'s backends, ``inductor`` makes none, ``aot_eager`` does). A closed stream raises ``RuntimeError``.
-Handle 0 is a stream that brings nothing: what lies in the slot stays.
+``fetched_`` may be given a tensor ``after``, which it does not read: what was computed from all that reads the slot, such
+as a layer's output. Compilers that move reads behind ``fetched_`` have to copy the slot, and then fail. Handle 0 is a stream that brings nothing: what lies in the slot stays.
 
 ``round_columns_`` takes its matrices transposed, so that rows of the layer are contiguous: ``weight`` (cols, rows)
 float32; ``target``, the same corrected by the columns behind the block, destroyed; ``feedback`` (cols, cols), whose
@@ -139,7 +140,7 @@ def _(stream: int, unit: int, slot: Tensor) -> None:
 
 
 @torch.library.register_fake("dcext::fetched_")
-def _(stream: int, unit: int, slot: Tensor) -> None:
+def _(stream: int, unit: int, slot: Tensor, after: Tensor | None = None) -> None:
     return None
 
 

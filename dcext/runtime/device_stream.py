@@ -52,8 +52,8 @@ class DeviceStream:
     used is learnt; another order costs copies, never correctness. A thread may have several units in use if their slots
     differ; where other threads do so too, it must begin them in ascending order of slots.
 
-    With ``torch.compile``, pass ``slot(unit)`` to the operators ``dcext::fetch_`` and ``dcext::fetched_``, or call
-    ``fetch`` and ``fetched`` inside the compiled function. In CUDA graphs, units are copied by the graph itself; once
+    ``fetch`` and ``fetched`` may be called inside what ``torch.compile`` compiles, with backend ``inductor`` (others that
+    copy what is mutated, as ``aot_eager`` does, are refused); give ``fetched`` the output then. In CUDA graphs, units are copied by the graph itself; once
     there was one, nothing is copied ahead outside graphs. A graph that ends before the last unit needs ``join``.
     Units with ``HostDecoded`` parts cannot be captured.
 
@@ -149,9 +149,15 @@ class DeviceStream:
         torch.ops.dcext.fetch_(self.handle, unit, self.slot(unit))
         return self.parts(unit)
 
-    def fetched(self, unit: int) -> None:
-        """Ends it: all that reads the parts has been enqueued."""
-        torch.ops.dcext.fetched_(self.handle, unit, self.slot(unit))
+    def fetched(self, unit: int, after: Tensor | None = None) -> None:
+        """Ends it: all that reads the parts has been enqueued.
+
+        Args:
+            unit: that was fetched.
+            after: what was computed from all that reads the parts, such as a layer's output. Only ``torch.compile``
+                needs it, which would else move reads behind this call, and fail.
+        """
+        torch.ops.dcext.fetched_(self.handle, unit, self.slot(unit), after)
 
     @contextmanager
     def using(self, unit: int) -> Iterator[list[Tensor]]:
