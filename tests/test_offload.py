@@ -146,9 +146,13 @@ def test_a_model_that_is_in_no_file_is_refused():
         dcext.offload(nn.Linear(2, 2), host_memory="1GiB")
 
 
-def test_a_budget_is_for_the_cpu(folders):
-    with pytest.raises(ValueError, match="host_memory: expected None with device 'cuda'"):
+def test_budgets_are_for_the_devices_that_there_are(folders):
+    with pytest.raises(ValueError, match="device_memory: expected a size beside host_memory"):
         dcext.from_pretrained(folders["raw"], device="cuda", host_memory="1GiB")
+    with pytest.raises(ValueError, match="device_memory: expected None with device 'cpu'"):
+        dcext.from_pretrained(folders["raw"], device_memory="1GiB")
+    with pytest.raises(ValueError, match="expected host_memory or device_memory, got neither"):
+        dcext.offload(dcext.from_pretrained(folders["raw"]))
 
 
 @pytest.fixture

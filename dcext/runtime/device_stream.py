@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -66,7 +66,7 @@ class DeviceStream:
 
     def __init__(
         self,
-        units: Sequence[Sequence[Tensor | HostDecoded]],
+        units: Iterable[Sequence[Tensor | HostDecoded]],
         device: torch.device | str,
         *,
         num_slots: int = 2,
@@ -77,7 +77,7 @@ class DeviceStream:
 
         Args:
             units: the parts of each unit: contiguous uint8 or int8 on the CPU, such as a payload and its seek index, or
-                what is decoded on its way.
+                what is decoded on its way. Taken one by one, so that they need not be in memory together.
             device: where they travel to.
             num_slots: at least 1; with 1, nothing is copied while another unit is used.
             max_ahead_nbytes: bound on the bytes of copies ahead of use that are not done yet; one unit is always
@@ -91,17 +91,15 @@ class DeviceStream:
         """
         if num_slots < 1:
             raise ValueError(f"DeviceStream: num_slots: expected at least 1, got {num_slots}")
-        if not units or not all(units):
-            raise ValueError("DeviceStream: units: expected at least 1, of at least 1 part each")
-        self._places = [_places(parts) for parts in units]
-        nbytes = max(places[-1].end for places in self._places)
-        self.slots = [
-            torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(num_slots)
-        ]
+        self._places: list[list[_Place]] = []
         host = []
         decoded: list[list[tuple[Tensor, int]]] = []
         panel_nbytes = 0
-        for parts, places in zip(units, self._places, strict=True):
+        for parts in units:
+            if not parts:
+                raise ValueError("DeviceStream: units: expected at least 1 part in each, got none")
+            places = _places(parts)
+            self._places.append(places)
             host.append(_rest_in_host_memory(parts, places))
             decoded.append([])
             for part, place in zip(parts, places, strict=True):
@@ -109,6 +107,12 @@ class DeviceStream:
                     decoded[-1].append((part.payload, place.offset))
                     panel_rows = payload_info(part.payload)["panel_rows"]
                     panel_nbytes = max(panel_nbytes, panel_rows * place.shape[1])
+        if not self._places:
+            raise ValueError("DeviceStream: units: expected at least 1, got none")
+        nbytes = max(places[-1].end for places in self._places)
+        self.slots = [
+            torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(num_slots)
+        ]
         has_decoded = panel_nbytes > 0
         ring = torch.empty(0, 0, dtype=torch.uint8)
         if has_decoded:
