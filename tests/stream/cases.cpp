@@ -78,6 +78,31 @@ void skipped_pieces_give_way(int64_t num_slots) {
   f.stream.end(use);
 }
 
+// A second user waits for the only slot when its holder ends, without having released it, or closes the stream.
+void waiting_user_goes_on(bool closes) {
+  Fixture f(1, 2, 1);
+  const auto first = f.stream.begin(0);
+  const uint8_t* data;
+  if (!f.stream.wait(*first, 0, &data).ok()) stop("a piece that cannot be read");
+  const int64_t stalls = f.stream.statistics().stalls;
+  const auto second = f.stream.begin_some(1, {0});
+  std::thread other([&] {
+    const uint8_t* other_data;
+    const Doing doing(closes ? "wait until it is closed" : "wait for a slot", &f.stream, 1, 0);
+    const Status status = f.stream.wait(*second, 0, &other_data).status;
+    if (status != (closes ? Status::kClosed : Status::kOk)) stop("a wait that ends otherwise");
+  });
+  while (f.stream.statistics().stalls == stalls) std::this_thread::yield();
+  if (closes) {
+    f.stream.close();
+  } else {
+    f.stream.end(first);
+  }
+  other.join();
+  f.stream.end(second);
+  if (closes) f.stream.end(first);
+}
+
 int64_t cpu_ns() {
   timespec time;
   clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
@@ -146,6 +171,10 @@ int run_cases() {
     begun_use_gives_way(num_slots);
     ++done;
     skipped_pieces_give_way(num_slots);
+    ++done;
+  }
+  for (const bool closes : {false, true}) {
+    waiting_user_goes_on(closes);
     ++done;
   }
   return 0;

@@ -6,7 +6,7 @@ namespace dcext::stress {
 
 // Each returns 0, or ends the process as the stress does.
 
-/** Uses that wait while others have begun and do nothing. */
+/** Uses that wait while others have begun and do nothing, end, or close the stream. */
 int run_cases();
 
 /** The CPU time of streams where nothing moves: prefetched, waiting for a slot, waiting for a read. */
