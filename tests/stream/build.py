@@ -30,7 +30,7 @@ def build(sanitizer: str | None) -> Path:
     sources = [ROOT / "csrc" / "runtime" / f"{name}.cpp" for name in OURS]
     sources += [ROOT / "csrc" / "base" / "status.cpp", *sorted(Path(__file__).parent.glob("*.cpp"))]
     include_dirs = [ROOT / "csrc", ROOT / "tests"]
-    return sanitized.build(OUT / f"stress_{sanitizer}", sources, include_dirs, sanitizer)
+    return sanitized.build(OUT / f"stress_{sanitizer or 'none'}", sources, include_dirs, sanitizer)
 
 
 if __name__ == "__main__":
