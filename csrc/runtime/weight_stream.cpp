@@ -23,6 +23,7 @@ class WeightStream::Use {
   struct Part {
     Piece piece;
     State state = State::kUnread;
+    int waiters = 0;
     int64_t slot = -1;
     const uint8_t* data = nullptr;
     Failure failure;
@@ -46,10 +47,26 @@ class WeightStream::Use {
     return std::any_of(parts.begin(), parts.begin() + static_cast<int64_t>(next_unread),
                        [](const Part& part) { return part.slot >= 0; });
   }
+  // -1: there is none.
+  int64_t first_waited() const {
+    for (size_t i = next_unread; i < parts.size(); ++i) {
+      if (parts[i].state == State::kUnread && parts[i].waiters != 0) return static_cast<int64_t>(i);
+    }
+    return -1;
+  }
+  // Of those that may be taken back: who waited for the others is about to hold them.
   Part* last_ready() {
-    const auto found = std::find_if(parts.rbegin(), parts.rend(),
-                                    [](const Part& part) { return part.state == State::kReady; });
+    const auto found = std::find_if(parts.rbegin(), parts.rend(), [](const Part& part) {
+      return part.state == State::kReady && part.waiters == 0;
+    });
     return found == parts.rend() ? nullptr : &*found;
+  }
+  // Whether no slot comes back from it, nor is about to, unless someone waits for its parts.
+  bool is_idle() const {
+    return std::none_of(parts.begin(), parts.end(), [](const Part& part) {
+      return part.state == State::kReading || part.state == State::kHeld ||
+             (part.state == State::kReady && part.waiters != 0);
+    });
   }
 };
 
@@ -189,7 +206,11 @@ Failure WeightStream::wait(Use& use, int64_t index, const uint8_t** data) {
     ++statistics_.stalls;
     count_time(&statistics_.stall_ns, waiters_, waiters_ + 1, &waiting_since_);
     ++waiters_;
+    ++part.waiters;
+    // It may now take a slot that it could not take before. No one who has the threads' mutex asks for this one.
+    if (part.state == State::kUnread) threads_.wake(this);
     use.changed.wait(lock, is_over);
+    --part.waiters;
     count_time(&statistics_.stall_ns, waiters_, waiters_ - 1, &waiting_since_);
     --waiters_;
   }
@@ -293,22 +314,34 @@ bool WeightStream::take_from_expected() {
   return victim != nullptr && take_back(*victim);
 }
 
-// The next read: for a user, in turns; else for what is expected, in turns.
+// Makes a slot free that no user will give back by itself: from the use that was read for last. Without this, users
+// stop for ever when all slots are full for one who has begun and, before it waits, queues for what they work with; or
+// with pieces that nobody will wait for since their pass has failed.
+bool WeightStream::take_from_idle() {
+  return std::any_of(active_.rbegin(), active_.rend(),
+                     [&](const UsePtr& use) { return use->is_idle() && take_back(*use); });
+}
+
+bool WeightStream::make_room(Use& use, bool waited) {
+  // What is read may lie before other pieces of the same use that are there: those give way too.
+  if (!use.holds_earlier_slot() && (take_from_expected() || take_back(use))) return true;
+  return waited && take_from_idle();
+}
+
+// The next read: for a user who waits, in turns; for one who has begun, in turns; else for what is expected, in turns.
 bool WeightStream::pick(UsePtr* use, int64_t* index) {
   if (closed_) return false;
-  for (size_t i = 0; i < active_.size(); ++i) {
-    UsePtr candidate = active_[i];
-    if (candidate->all_read()) continue;
-    // A piece that is waited for may lie before others of the same use that are there: those give way too.
-    if (free_slots_.empty() &&
-        (candidate->holds_earlier_slot() || !(take_from_expected() || take_back(*candidate)))) {
-      continue;
+  for (const bool waited : {true, false}) {
+    for (size_t i = 0; i < active_.size(); ++i) {
+      UsePtr candidate = active_[i];
+      if (candidate->all_read()) continue;
+      *index = waited ? candidate->first_waited() : static_cast<int64_t>(candidate->next_unread);
+      if (*index < 0 || (free_slots_.empty() && !make_room(*candidate, waited))) continue;
+      active_.erase(active_.begin() + static_cast<int64_t>(i));
+      active_.push_back(candidate);
+      *use = std::move(candidate);
+      return true;
     }
-    active_.erase(active_.begin() + static_cast<int64_t>(i));
-    active_.push_back(candidate);
-    *index = static_cast<int64_t>(candidate->next_unread);
-    *use = std::move(candidate);
-    return true;
   }
   return !free_slots_.empty() && pick_expected(use, index);
 }

@@ -64,7 +64,8 @@ class WeightStream final : public ReadThreads::Client {
   ~WeightStream() override;
 
   /** Begins to use all pieces of a unit, in order: each must be waited for in an order close to that, since later ones
-   *  may get a slot only when earlier ones are released. */
+   *  may get a slot only when earlier ones are released. Who holds a piece must release it without waiting for another;
+   *  one that is there and that nobody waits for may go again, for whoever waits. */
   std::shared_ptr<Use> begin(int64_t unit);
 
   /** The same for some of its pieces, ascending, as look-ups need them; the order of units is not touched. */
@@ -110,6 +111,8 @@ class WeightStream final : public ReadThreads::Client {
   bool pick_expected(UsePtr* use, int64_t* index);
   bool take_back(Use& use);
   bool take_from_expected();
+  bool take_from_idle();
+  bool make_room(Use& use, bool waited);
   bool has_work() const;
   void count_time(int64_t* total, int before, int after, int64_t* since);
 
