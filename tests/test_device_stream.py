@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from emulated_kernel import SANITIZERS, require_sanitizer
 from test_payload import gaussian
 from torch import Tensor
@@ -51,6 +52,41 @@ def test_captured_kernels_see_their_units(program: Path):
 def test_the_expected_order_is_copied_ahead(program: Path):
     counts = device_program.run(program, "exact", rounds=20, steps=200, seed=1)
     assert counts["hits"] == counts["begins"] - 20
+
+
+DAMAGES = {
+    "slots are filled while they are read": (
+        "device_slots",
+        "link->wait(copies, reader.read)",
+        "(static_cast<void>(reader), Failure())",
+        "eager",
+    ),
+    "pieces from disk are released before they are copied": (
+        "unit_copier",
+        "if (!happened && !must_wait) return false;",
+        "happened = must_wait || !happened;",
+        "eager",
+    ),
+    "copies ahead go on while a graph is captured": (
+        "device_stream",
+        "closed_ ? closed() : link_.drain()",
+        "Failure()",
+        "captures",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_sources_are_found(damage: str, tmp_path: Path):
+    require_sanitizer("thread")
+    name, intact, damaged, mode = DAMAGES[damage]
+    text = (ROOT / "csrc" / "runtime" / f"{name}.cpp").read_text()
+    assert text.count(intact) == 1
+    changed = tmp_path / f"{name}.cpp"
+    changed.write_text(text.replace(intact, damaged))
+    program = device_program.build("thread", changed)
+    with pytest.raises(AssertionError, match=r"data race|bytes that are not its unit's"):
+        device_program.run(program, mode, rounds=100, steps=400, seed=1)
 
 
 SHAPE = (48, 64)

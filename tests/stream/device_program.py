@@ -29,14 +29,19 @@ SOURCES = {
 SOURCES["runtime"] += ["thread_pool", "unit_copier", "weight_stream"]
 
 
-def build(sanitizer: str) -> Path:
-    """The program, of which only what is out of date is compiled again."""
+def build(sanitizer: str, changed: Path | None = None) -> Path:
+    """The program, of which only what is out of date is compiled again.
+
+    Args:
+        sanitizer: one of ``emulated_kernel.SANITIZERS``.
+        changed: a source that replaces the one of its name; the program is put beside it.
+    """
     third_party = sorted((ROOT / "build" / "temp" / "third_party").glob("*.o"))
     if not third_party:
         pytest.skip("requires libzstd's objects in build/temp/third_party (make build)")
     folder = BUILD / f"device_{sanitizer}"
     folder.mkdir(parents=True, exist_ok=True)
-    program = folder / "device_stress"
+    program = (changed.parent if changed else folder) / "device_stress"
     sources = [
         ROOT / "csrc" / room / f"{name}.cpp" for room, names in SOURCES.items() for name in names
     ]
@@ -52,6 +57,8 @@ def build(sanitizer: str) -> Path:
     objects = []
     for source in sources:
         target = folder / f"{source.stem}.o"
+        if changed is not None and source.name == changed.name:
+            source, target = changed, changed.with_suffix(".o")
         objects.append(target)
         if target.exists() and target.stat().st_mtime > max(newest, source.stat().st_mtime):
             continue
