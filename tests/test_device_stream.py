@@ -32,8 +32,9 @@ def program(request) -> Path:
     return device_program.build(request.param)
 
 
-def test_kernels_see_their_units(program: Path):
-    counts = device_program.run(program, "eager", rounds=60, steps=400, seed=1)
+@pytest.mark.parametrize("link", ["host", "cuda"])
+def test_kernels_see_their_units(program: Path, link: str):
+    counts = device_program.run(program, "eager", link=link, rounds=60, steps=400, seed=1)
     # Otherwise the test would not show what it is for.
     assert counts["kernels"] > 10_000
     assert counts["hits"] > 1000
@@ -42,15 +43,17 @@ def test_kernels_see_their_units(program: Path):
     assert counts["closes"] > 0
 
 
-def test_captured_kernels_see_their_units(program: Path):
-    counts = device_program.run(program, "captures", rounds=20, steps=200, seed=1)
+@pytest.mark.parametrize("link", ["host", "cuda"])
+def test_captured_kernels_see_their_units(program: Path, link: str):
+    counts = device_program.run(program, "captures", link=link, rounds=20, steps=200, seed=1)
     assert counts["replays"] > 100
     assert counts["kernels"] > counts["begins"]
     assert counts["hits"] > 0
 
 
-def test_the_expected_order_is_copied_ahead(program: Path):
-    counts = device_program.run(program, "exact", rounds=20, steps=200, seed=1)
+@pytest.mark.parametrize("link", ["host", "cuda"])
+def test_the_expected_order_is_copied_ahead(program: Path, link: str):
+    counts = device_program.run(program, "exact", link=link, rounds=20, steps=200, seed=1)
     assert counts["hits"] == counts["begins"] - 20
 
 
