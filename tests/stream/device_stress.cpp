@@ -287,8 +287,14 @@ struct Round {
     for (int64_t i = 0; i < num_slots; ++i) {
       slots.data.push_back(memory.data() + i * model.slot_nbytes);
     }
+    Link& used = with_cuda ? *cuda : link;
+    if (with_cuda) {
+      for (auto& bytes : model.expected) {
+        check(cuda->pin(bytes.data(), static_cast<int64_t>(bytes.size())).ok(), "not pinned");
+      }
+    }
     const Failure failure =
-        DeviceStream::create(link, model.units, slots, model.decode_ring(), options, &stream);
+        DeviceStream::create(used, model.units, slots, model.decode_ring(), options, &stream);
     check(failure.ok(), failure.field);
   }
 
