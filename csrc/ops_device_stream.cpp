@@ -139,6 +139,7 @@ std::shared_ptr<TensorStream> TensorStream::open(std::vector<Parts> host,
   raise_if_failed(kOpen,
                   DeviceStream::create(*made->link_, std::move(units), addresses, buffers,
                                        {max_ahead_nbytes, ahead_in_captures}, &made->stream_));
+  made->wait_for_slots();
   Table& all = table();
   const std::lock_guard<std::mutex> lock(all.mutex);
   made->handle_ = ++all.last_handle;
@@ -172,12 +173,25 @@ void TensorStream::close() {
   stream_->close();
 }
 
-void TensorStream::join() const {
-  Link::Stream consumer = HostLink::kNow;
+Link::Stream TensorStream::current_stream() const {
 #ifdef DCEXT_WITH_CUDA
-  if (slots_[0].is_cuda()) consumer = current_cuda_stream(slots_[0].device());
+  if (slots_[0].is_cuda()) return current_cuda_stream(slots_[0].device());
 #endif
-  raise_if_failed("dcext.DeviceStream.join", stream_->join(consumer));
+  return HostLink::kNow;
+}
+
+// The allocator gives out memory that the current stream may still be at work on.
+void TensorStream::wait_for_slots() const {
+  Link::Event allocated;
+  raise_if_failed(kOpen, link_->create_event(&allocated));
+  Failure failure = link_->record(allocated, current_stream());
+  if (failure.ok()) failure = link_->wait(link_->copy_stream(), allocated);
+  link_->destroy_event(allocated);
+  raise_if_failed(kOpen, failure);
+}
+
+void TensorStream::join() const {
+  raise_if_failed("dcext.DeviceStream.join", stream_->join(current_stream()));
 }
 
 void fetch(int64_t handle, int64_t unit, const at::Tensor& slot, Link::Stream consumer) {

@@ -18,7 +18,8 @@ class TensorStream {
   /** Tensors, and where in the slot their bytes go. */
   using Parts = std::vector<std::pair<at::Tensor, int64_t>>;
 
-  /** @param host   parts of each unit that are copied as they are: contiguous uint8 or int8 in host memory, each the whole
+  /** Slots must have been allocated on the current stream, or be ready for any.
+   *  @param host   parts of each unit that are copied as they are: contiguous uint8 or int8 in host memory, each the whole
    *      of its memory, which is pinned as long as the stream lives.
    *  @param decoded   parts of each unit that are decoded on the way: verified payloads.
    *  @param slots   1-D uint8 tensors of one size on one device.
@@ -41,6 +42,8 @@ class TensorStream {
   TensorStream(std::vector<Parts> host, std::vector<Parts> decoded, std::vector<at::Tensor> slots,
                at::Tensor ring);
   void pin(Link& link, const at::Tensor& tensor);
+  Link::Stream current_stream() const;
+  void wait_for_slots() const;
 
   const std::vector<Parts> host_, decoded_;
   const std::vector<at::Tensor> slots_;
@@ -65,7 +68,7 @@ void fetched_cpu(int64_t handle, int64_t unit, at::Tensor slot,
                  const std::optional<at::Tensor>& after);
 
 #ifdef DCEXT_WITH_CUDA
-/** The current stream of a device, for TensorStream::join. Defined in ops_cuda.cpp. */
+/** The current stream of a device, to torch. Defined in ops_cuda.cpp. */
 Link::Stream current_cuda_stream(at::Device device);
 #endif
 

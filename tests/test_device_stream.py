@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from emulated_kernel import SANITIZERS, require_sanitizer
 from test_payload import gaussian
 from torch import Tensor
@@ -31,8 +32,9 @@ def program(request) -> Path:
     return device_program.build(request.param)
 
 
-def test_kernels_see_their_units(program: Path):
-    counts = device_program.run(program, "eager", rounds=60, steps=400, seed=1)
+@pytest.mark.parametrize("link", ["host", "cuda"])
+def test_kernels_see_their_units(program: Path, link: str):
+    counts = device_program.run(program, "eager", link=link, rounds=60, steps=400, seed=1)
     # Otherwise the test would not show what it is for.
     assert counts["kernels"] > 10_000
     assert counts["hits"] > 1000
@@ -41,16 +43,53 @@ def test_kernels_see_their_units(program: Path):
     assert counts["closes"] > 0
 
 
-def test_captured_kernels_see_their_units(program: Path):
-    counts = device_program.run(program, "captures", rounds=20, steps=200, seed=1)
+@pytest.mark.parametrize("link", ["host", "cuda"])
+def test_captured_kernels_see_their_units(program: Path, link: str):
+    counts = device_program.run(program, "captures", link=link, rounds=20, steps=200, seed=1)
     assert counts["replays"] > 100
     assert counts["kernels"] > counts["begins"]
     assert counts["hits"] > 0
 
 
-def test_the_expected_order_is_copied_ahead(program: Path):
-    counts = device_program.run(program, "exact", rounds=20, steps=200, seed=1)
+@pytest.mark.parametrize("link", ["host", "cuda"])
+def test_the_expected_order_is_copied_ahead(program: Path, link: str):
+    counts = device_program.run(program, "exact", link=link, rounds=20, steps=200, seed=1)
     assert counts["hits"] == counts["begins"] - 20
+
+
+DAMAGES = {
+    "slots are filled while they are read": (
+        "device_slots",
+        "link->wait(copies, reader.read)",
+        "(static_cast<void>(reader), Failure())",
+        "eager",
+    ),
+    "pieces from disk are released before they are copied": (
+        "unit_copier",
+        "if (!happened && !must_wait) return false;",
+        "happened = must_wait || !happened;",
+        "eager",
+    ),
+    "copies ahead go on while a graph is captured": (
+        "device_stream",
+        "closed_ ? closed() : link_.drain()",
+        "Failure()",
+        "captures",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_sources_are_found(damage: str, tmp_path: Path):
+    require_sanitizer("thread")
+    name, intact, damaged, mode = DAMAGES[damage]
+    text = (ROOT / "csrc" / "runtime" / f"{name}.cpp").read_text()
+    assert text.count(intact) == 1
+    changed = tmp_path / f"{name}.cpp"
+    changed.write_text(text.replace(intact, damaged))
+    program = device_program.build("thread", changed)
+    with pytest.raises(AssertionError, match=r"data race|bytes that are not its unit's"):
+        device_program.run(program, mode, rounds=100, steps=400, seed=1)
 
 
 SHAPE = (48, 64)

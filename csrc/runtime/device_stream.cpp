@@ -198,7 +198,7 @@ Failure DeviceStream::take(Lock& lock, SlotLane& lane, int64_t unit, bool* hit) 
   for (;;) {
     if (closed_) return closed();
     if (!broken_.ok()) return broken_;
-    *hit = slot.unit == unit && (trusts(lane) || !slot.users.empty());
+    *hit = slot.unit == unit;
     if (*hit || (slot.users.empty() && can_fill(slot))) return {};
     if (slot.is_used_here() || lane.capture != 0) {
       return bad_argument("other units in use of the same slot", 0, 1);
@@ -281,11 +281,8 @@ Failure DeviceStream::end(int64_t unit, Link::Stream consumer) {
   if (unit < 0 || unit >= num_units()) return bad_argument("unit below", num_units(), unit);
   uint64_t capture = 0;
   Failure failure = link_.capture_of(consumer, &capture);
+  if (!failure.ok()) return failure;  // the unit stays in use: nothing is written over it
   const Lock lock(mutex_);
-  if (!failure.ok()) {
-    broken_ = failure;
-    return failure;
-  }
   SlotLane& lane = capture == 0 ? eager_ : captured_;
   DeviceSlot& slot = slot_of(lane, unit);
   if (lane.capture != capture || slot.unit != unit || slot.users.empty()) {
@@ -293,7 +290,7 @@ Failure DeviceStream::end(int64_t unit, Link::Stream consumer) {
   }
   if (!closed_) {
     failure = lane.add_reader(slot, consumer);
-    if (!failure.ok()) broken_ = failure;
+    if (!failure.ok() && capture == 0) broken_ = failure;
   }
   unclaim(lane, slot);
   copy_ahead(lane, {std::this_thread::get_id(), consumer});

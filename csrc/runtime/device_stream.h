@@ -88,7 +88,7 @@ class DeviceStream {
   Failure join(Link::Stream consumer);
 
   /** Lets all who begin, waiting or to come, fail with kClosed; waits for copies under way. What readers that are
-   *  enqueued read stays as it is. */
+   *  enqueued read stays as it is. Graphs copy from where units rest: they must not be replayed once that is gone. */
   void close();
 
   /** False in a child of the process that made the stream: use nothing then, nor destroy it. */

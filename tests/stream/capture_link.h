@@ -84,6 +84,11 @@ class CaptureLink : public HostLink {
     });
   }
 
+  bool is_any_capturing() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return !capturing_.empty();
+  }
+
   void enqueue(Stream stream, std::function<void()> function) override {
     {
       const std::lock_guard<std::mutex> lock(mutex_);

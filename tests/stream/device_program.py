@@ -29,34 +29,44 @@ SOURCES = {
 SOURCES["runtime"] += ["thread_pool", "unit_copier", "weight_stream"]
 
 
-def build(sanitizer: str) -> Path:
-    """The program, of which only what is out of date is compiled again."""
+def build(sanitizer: str, changed: Path | None = None) -> Path:
+    """The program, of which only what is out of date is compiled again.
+
+    Args:
+        sanitizer: one of ``emulated_kernel.SANITIZERS``.
+        changed: a source that replaces the one of its name; the program is put beside it.
+    """
     third_party = sorted((ROOT / "build" / "temp" / "third_party").glob("*.o"))
     if not third_party:
         pytest.skip("requires libzstd's objects in build/temp/third_party (make build)")
     folder = BUILD / f"device_{sanitizer}"
     folder.mkdir(parents=True, exist_ok=True)
-    program = folder / "device_stress"
+    program = (changed.parent if changed else folder) / "device_stress"
     sources = [
         ROOT / "csrc" / room / f"{name}.cpp" for room, names in SOURCES.items() for name in names
     ]
-    sources.append(ROOT / "tests" / "stream" / "device_stress.cpp")
+    here = ROOT / "tests" / "stream"
+    sources += [ROOT / "csrc" / "cuda" / "cuda_link.cu", here / "cudart.cpp"]
+    sources.append(here / "device_stress.cpp")
     command = [compiler(), *FLAGS, f"-fsanitize={SANITIZERS[sanitizer]}"]
     headers = [
         *(ROOT / "csrc").rglob("*.h"),
-        *(ROOT / "tests" / "stream").glob("*.h"),
+        *here.rglob("*.h"),
         Path(__file__),
     ]
     newest = max(path.stat().st_mtime for path in headers)
-    includes = [ROOT / "csrc", ROOT / "tests" / "stream", fetch.zstd_lib_dir(), fetch.xxhash_dir()]
+    includes = [here / "cudart", here, ROOT / "csrc", fetch.zstd_lib_dir(), fetch.xxhash_dir()]
     objects = []
     for source in sources:
         target = folder / f"{source.stem}.o"
+        if changed is not None and source.name == changed.name:
+            source, target = changed, changed.with_suffix(".o")
         objects.append(target)
         if target.exists() and target.stat().st_mtime > max(newest, source.stat().st_mtime):
             continue
         partial = target.with_suffix(".partial")
-        _run([*command, *(f"-I{path}" for path in includes), "-c", str(source), "-o", str(partial)])
+        flags = [*(f"-I{path}" for path in includes), "-x", "c++"]
+        _run([*command, *flags, "-c", str(source), "-o", str(partial)])
         partial.replace(target)
     inputs = [*objects, *third_party]
     if not program.exists() or program.stat().st_mtime < max(p.stat().st_mtime for p in inputs):
@@ -70,13 +80,15 @@ def _run(command: list[str]) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def run(program: Path, mode: str, rounds: int, steps: int, seed: int) -> dict[str, int]:
+def run(
+    program: Path, mode: str, rounds: int, steps: int, seed: int, link: str = "host"
+) -> dict[str, int]:
     """The counts that the program prints.
 
     Raises:
         AssertionError: it or the sanitizer has found something.
     """
-    command = [str(program), mode, str(rounds), str(steps), str(seed)]
+    command = [str(program), mode, str(rounds), str(steps), str(seed), link]
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     result = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=900, check=False

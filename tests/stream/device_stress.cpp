@@ -1,7 +1,9 @@
 // Stresses the device stream over threads that stand for a device: every kernel looks at all bytes of its slot while it
 // runs, delays and failures are drawn, and sanitizers watch the order of all accesses.
 //
-//   device_stress eager|captures|exact ROUNDS STEPS SEED
+//   device_stress eager|captures|exact ROUNDS STEPS SEED host|cuda
+//
+// The last says which link: that of the host, or that of CUDA over an emulated runtime.
 //
 // Prints one line of counts; exit status 1 where bytes or counts are wrong.
 
@@ -15,6 +17,8 @@
 
 #include "capture_link.h"
 #include "codec/payload_encoder.h"
+#include "cuda/cuda_link.h"
+#include "cudart.h"
 #include "runtime/device_stream.h"
 #include "runtime/memory.h"
 #include "runtime/thread_pool.h"
@@ -244,10 +248,13 @@ class Walk {
   size_t at_ = 0;
 };
 
+bool with_cuda = false;  // set once, before any thread
+
 // One round: a model, slots, a stream, and those who use it.
 struct Round {
   Random random;
   ShakyLink link;
+  std::unique_ptr<Link> cuda;
   Model model;
   std::vector<uint8_t> memory;  // the device's
   std::unique_ptr<DeviceStream> stream;
@@ -258,7 +265,9 @@ struct Round {
         link(seed),
         model(random, draw(random, 1, 12), kinds, failures ? 0.01 : 0),
         counts(the_counts) {
-    if (failures) link.copy_failures = 0.01;
+    if (!with_cuda) return;
+    set_emulated_device(&link);
+    check(make_cuda_link(kEmulatedDevice, &cuda).ok(), "no link");
   }
 
   ~Round() {
@@ -266,6 +275,10 @@ struct Round {
     counts.begins += statistics.begins;
     counts.hits += statistics.hits;
     counts.late += statistics.late;
+    stream.reset();
+    if (!with_cuda) return;
+    for (auto& bytes : model.expected) cuda->unpin(bytes.data());
+    check(num_registered() == 0, "memory stays pinned");
   }
 
   void open(int64_t num_slots, const DeviceStreamOptions& options) {
@@ -274,8 +287,14 @@ struct Round {
     for (int64_t i = 0; i < num_slots; ++i) {
       slots.data.push_back(memory.data() + i * model.slot_nbytes);
     }
+    Link& used = with_cuda ? *cuda : link;
+    if (with_cuda) {
+      for (auto& bytes : model.expected) {
+        check(cuda->pin(bytes.data(), static_cast<int64_t>(bytes.size())).ok(), "not pinned");
+      }
+    }
     const Failure failure =
-        DeviceStream::create(link, model.units, slots, model.decode_ring(), options, &stream);
+        DeviceStream::create(used, model.units, slots, model.decode_ring(), options, &stream);
     check(failure.ok(), failure.field);
   }
 
@@ -338,6 +357,7 @@ void run_eager(unsigned seed, int64_t steps, Counts& counts) {
   Random random(seed);
   const bool failures = chance(random, 0.3), closes = chance(random, 0.3);
   Round round(seed, Kinds::kAll, failures, counts);
+  if (failures) round.link.copy_failures = 0.01;
   if (failures && chance(random, 0.2)) round.link.other_failures = 0.002;
   const int64_t num_slots = draw(random, 1, 5), num_users = draw(random, 1, 3);
   std::vector<std::vector<Link::Stream>> consumers(static_cast<size_t>(num_users));
@@ -453,7 +473,8 @@ int run(const std::string& mode, int64_t rounds, int64_t steps, unsigned seed) {
 }  // namespace dcext
 
 int main(int argc, char** argv) {
-  if (argc != 5) return 2;
+  if (argc != 6) return 2;
+  dcext::with_cuda = std::string(argv[5]) == "cuda";
   return dcext::run(argv[1], std::atoll(argv[2]), std::atoll(argv[3]),
                     static_cast<unsigned>(std::atoi(argv[4])));
 }
