@@ -21,7 +21,7 @@ import dcext
 from dcext.codec import seek_index
 from dcext.runtime.device_stream import DeviceStream, HostDecoded
 
-sys.path.insert(0, str(Path(__file__).parent / "stream"))
+sys.path.insert(0, str(Path(__file__).parent / "device"))
 
 import device_program
 
@@ -34,7 +34,7 @@ def program(request) -> Path:
 
 @pytest.mark.parametrize("link", ["host", "cuda"])
 def test_kernels_see_their_units(program: Path, link: str):
-    counts = device_program.run(program, "eager", link=link, rounds=60, steps=400, seed=1)
+    counts = device_program.run(program, "eager", over=link, rounds=60, steps=400, seed=1)
     # Otherwise the test would not show what it is for.
     assert counts["kernels"] > 10_000
     assert counts["hits"] > 1000
@@ -45,7 +45,7 @@ def test_kernels_see_their_units(program: Path, link: str):
 
 @pytest.mark.parametrize("link", ["host", "cuda"])
 def test_captured_kernels_see_their_units(program: Path, link: str):
-    counts = device_program.run(program, "captures", link=link, rounds=20, steps=200, seed=1)
+    counts = device_program.run(program, "captures", over=link, rounds=20, steps=200, seed=1)
     assert counts["replays"] > 100
     assert counts["kernels"] > counts["begins"]
     assert counts["hits"] > 0
@@ -53,7 +53,7 @@ def test_captured_kernels_see_their_units(program: Path, link: str):
 
 @pytest.mark.parametrize("link", ["host", "cuda"])
 def test_the_expected_order_is_copied_ahead(program: Path, link: str):
-    counts = device_program.run(program, "exact", link=link, rounds=20, steps=200, seed=1)
+    counts = device_program.run(program, "exact", over=link, rounds=20, steps=200, seed=1)
     assert counts["hits"] == counts["begins"] - 20
 
 
@@ -222,7 +222,7 @@ def test_wrong_use_is_reported():
     stream.fetch(2)
     with pytest.raises(ValueError, match="num_slots: expected at least 1, got 0"):
         DeviceStream([[torch.zeros(4).byte()]], "cpu", num_slots=0)
-    with pytest.raises(ValueError, match="expected at least 1, of at least 1 part"):
+    with pytest.raises(ValueError, match="expected at least 1 part in each, got none"):
         DeviceStream([[]], "cpu")
     with pytest.raises(TypeError, match=r"expected torch.uint8 or torch.int8, got torch.float32"):
         DeviceStream([[torch.zeros(4)]], "cpu")
