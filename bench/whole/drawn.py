@@ -41,6 +41,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "vocab_size": 128256,
     },
+    # 50 million weights: more than streaming takes for its reads.
+    "small": {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 8192,
+    },
     # For Triton's interpreter.
     "tiniest": {
         "hidden_size": 32,

@@ -63,11 +63,15 @@ class TorchEngine:
         """See ``timing.Engine``."""
         return self._next(self.forward, torch.tensor([[token]]))
 
-    def _next(self, forward: Any, ids: Tensor) -> int:
+    def logits(self, forward: Any, ids: Tensor) -> Tensor:
+        """Those of the last token, after ids (1, length) are appended to the sequence."""
         output = forward(
             input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )
-        return int(output.logits[0, -1].argmax())
+        return output.logits[0, -1]
+
+    def _next(self, forward: Any, ids: Tensor) -> int:
+        return int(self.logits(forward, ids).argmax())
 
 
 def load(source: dict[str, Any]) -> Any:
