@@ -154,6 +154,13 @@ def measure(report: Report, settings: Settings) -> float:
     smoke = settings.smoke
     repeats = 1 if smoke else REPEATS
     shape, layers = ((64, 256), 3) if smoke else (SHAPE, LAYERS)
+    generator = torch.Generator().manual_seed(0)
+    qweights = [
+        normal(shape[0] * shape[1], LAYER_SIGMA, generator).view(shape) for _ in range(layers)
+    ]
+    payloads = [encode(qweight, "zstd") for qweight in qweights]
+    ratio = sum(q.nbytes for q in qweights) / sum(p.nbytes for p in payloads)
+    report.figures.update(ratio=ratio, shape=list(shape), layers=layers)
     for nbytes in COPY_NBYTES[:2] if smoke else COPY_NBYTES:
         total = nbytes if smoke else COPIED_NBYTES
         name = f"copy of {nbytes >> 10} KiB"
@@ -161,12 +168,6 @@ def measure(report: Report, settings: Settings) -> float:
             key = "pinned" if pinned else "pageable"
             measured = lambda n=nbytes, t=total, p=pinned: copies(n, t, p, repeats)  # noqa: E731
             report.attempt(name, key, measured)
-    generator = torch.Generator().manual_seed(0)
-    qweights = [
-        normal(shape[0] * shape[1], LAYER_SIGMA, generator).view(shape) for _ in range(layers)
-    ]
-    payloads = [encode(qweight, "zstd") for qweight in qweights]
-    ratio = sum(q.nbytes for q in qweights) / sum(p.nbytes for p in payloads)
     for threads in thread_counts():
         decoded = lambda t=threads: host_decode(payloads[:4], t, repeats)  # noqa: E731
         report.attempt(f"host decode, {threads} threads", "decode", decoded)
@@ -234,7 +235,6 @@ def run(settings: Settings) -> None:
     """Measures, prints and draws."""
     report = Report(settings)
     ratio = measure(report, settings)
-    report.figures.update(ratio=ratio, shape=list(SHAPE), layers=LAYERS)
     draw(report, ratio, settings.output.with_suffix(".png"))
     report.finish(tables(report, ratio), ["pageable copies are staged by the driver"])
 
