@@ -76,11 +76,11 @@ std::optional<at::Tensor> seek_index_released(const at::Tensor& payload, bool ve
 
 std::shared_ptr<HostStream> make_host_stream(
     const std::vector<std::string>& paths,
-    const std::vector<std::tuple<std::string, int64_t, int64_t, at::Tensor>>& payloads,
+    const std::vector<std::tuple<std::string, int64_t, int64_t, at::Tensor, int64_t>>& payloads,
     int64_t slots_nbytes, bool page_cache) {
   std::vector<HostStream::Source> sources;
-  for (const auto& [name, file, offset, payload] : payloads) {
-    sources.push_back({name, file, offset, payload});
+  for (const auto& [name, file, offset, payload, unit] : payloads) {
+    sources.push_back({name, file, offset, payload, unit});
   }
   const auto stream = std::make_shared<HostStream>(
       paths, sources, slots_nbytes, page_cache ? PageCache::kKeep : PageCache::kBypass);
@@ -130,7 +130,8 @@ void bind_device_stream(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> kReleased;
   py::class_<TensorStream, std::shared_ptr<TensorStream>>(m, "DeviceStream")
       .def(py::init(&TensorStream::open), py::arg("host"), py::arg("decoded"), py::arg("slots"),
-           py::arg("ring"), py::arg("max_ahead_nbytes"), py::arg("ahead_in_captures"))
+           py::arg("ring"), py::arg("disk_stream"), py::arg("disk"), py::arg("max_ahead_nbytes"),
+           py::arg("ahead_in_captures"))
       .def_property_readonly("handle", &TensorStream::handle)
       .def("statistics", &device_stream_statistics)
       .def("join", &TensorStream::join, kReleased)

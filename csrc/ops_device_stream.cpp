@@ -101,6 +101,8 @@ TensorStream::TensorStream(std::vector<Parts> host, std::vector<Parts> decoded,
 std::shared_ptr<TensorStream> TensorStream::open(std::vector<Parts> host,
                                                  std::vector<Parts> decoded,
                                                  std::vector<at::Tensor> slots, at::Tensor ring,
+                                                 std::shared_ptr<HostStream> disk_stream,
+                                                 const std::vector<std::vector<int64_t>>& disk,
                                                  int64_t max_ahead_nbytes, bool ahead_in_captures) {
   TORCH_CHECK_VALUE(host.size() == decoded.size() && !host.empty(), kOpen,
                     ": expected as many lists of decoded as of host parts, and at least one, got ",
@@ -125,6 +127,7 @@ std::shared_ptr<TensorStream> TensorStream::open(std::vector<Parts> host,
       units[i].decoded.push_back({parse_payload(kOpen, payload), offset});
     }
   }
+  made->read_from_disk(std::move(disk_stream), disk, &units);
   DecodeRing buffers;
   if (made->ring_.numel() > 0) {
     made->pin(*made->link_, made->ring_);
@@ -145,6 +148,33 @@ std::shared_ptr<TensorStream> TensorStream::open(std::vector<Parts> host,
   made->handle_ = ++all.last_handle;
   all.streams[made->handle_] = made;
   return made;
+}
+
+void TensorStream::read_from_disk(std::shared_ptr<HostStream> disk_stream,
+                                  const std::vector<std::vector<int64_t>>& disk,
+                                  std::vector<DeviceUnit>* units) {
+  TORCH_CHECK_VALUE(disk.size() == units->size(), kOpen, ": disk: expected ", units->size(),
+                    " lists, got ", disk.size());
+  int64_t next = 0;
+  for (size_t i = 0; i < units->size(); ++i) {
+    if (disk[i].empty()) continue;
+    TORCH_CHECK_VALUE(disk_stream != nullptr, kOpen, ": disk_stream: expected one, got none");
+    const auto& layers = disk_stream->group(kOpen, next);
+    TORCH_CHECK_VALUE(layers.size() == disk[i].size(), kOpen, ": disk: expected ", layers.size(),
+                      " offsets for unit ", i, ", got ", disk[i].size());
+    DeviceUnit& unit = (*units)[i];
+    unit.disk = &disk_stream->stream();
+    unit.disk_unit = next++;
+    for (size_t k = 0; k < layers.size(); ++k) {
+      for (const Piece& piece : layers[k]->pieces.pieces) {
+        unit.disk_offsets.push_back(disk[i][k] + piece.offset - layers[k]->offset);
+      }
+    }
+  }
+  if (disk_stream == nullptr) return;
+  raise_if_failed(kOpen, link_->pin(disk_stream->slots_data(), disk_stream->slots_nbytes()));
+  pinned_.push_back(disk_stream->slots_data());
+  disk_stream_ = std::move(disk_stream);
 }
 
 void TensorStream::pin(Link& link, const at::Tensor& tensor) {

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "ops_stream.h"
 #include "runtime/device_stream.h"
 
 namespace dcext {
@@ -24,9 +25,14 @@ class TensorStream {
    *  @param decoded   parts of each unit that are decoded on the way: verified payloads.
    *  @param slots   1-D uint8 tensors of one size on one device.
    *  @param ring   (buffers, bytes) uint8 in host memory, or empty where nothing is decoded.
+   *  @param disk_stream   reads groups of payloads, or null.
+   *  @param disk   for each unit, where in the slot the payloads of its group go, or nothing; groups are numbered in the
+   *      order of the units that have one.
    *  @param max_ahead_nbytes, ahead_in_captures   see DeviceStreamOptions. */
   static std::shared_ptr<TensorStream> open(std::vector<Parts> host, std::vector<Parts> decoded,
                                             std::vector<at::Tensor> slots, at::Tensor ring,
+                                            std::shared_ptr<HostStream> disk_stream,
+                                            const std::vector<std::vector<int64_t>>& disk,
                                             int64_t max_ahead_nbytes, bool ahead_in_captures);
   ~TensorStream();
   TensorStream(const TensorStream&) = delete;
@@ -42,6 +48,9 @@ class TensorStream {
   TensorStream(std::vector<Parts> host, std::vector<Parts> decoded, std::vector<at::Tensor> slots,
                at::Tensor ring);
   void pin(Link& link, const at::Tensor& tensor);
+  void read_from_disk(std::shared_ptr<HostStream> disk_stream,
+                      const std::vector<std::vector<int64_t>>& disk,
+                      std::vector<DeviceUnit>* units);
   Link::Stream current_stream() const;
   void wait_for_slots() const;
 
@@ -51,6 +60,7 @@ class TensorStream {
   int64_t handle_ = 0;
   std::shared_ptr<Link> link_;
   std::vector<void*> pinned_;
+  std::shared_ptr<HostStream> disk_stream_;
   std::unique_ptr<Executor> executor_;
   std::unique_ptr<DeviceStream> stream_;
 };

@@ -27,7 +27,7 @@ class HostStream:
     def __init__(
         self,
         paths: Sequence[str],
-        payloads: Sequence[tuple[str, int, int, Tensor]],
+        payloads: Sequence[tuple[str, int, int, Tensor, int]],
         slots_nbytes: int,
         page_cache: bool,
     ) -> None: ...
@@ -47,6 +47,8 @@ class DeviceStream:
         decoded: Sequence[Sequence[tuple[Tensor, int]]],
         slots: Sequence[Tensor],
         ring: Tensor,
+        disk_stream: HostStream | None,
+        disk: Sequence[Sequence[int]],
         max_ahead_nbytes: int,
         ahead_in_captures: bool,
     ) -> None: ...

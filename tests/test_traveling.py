@@ -90,6 +90,28 @@ def test_the_bits_of_the_model_in_memory(folders, codec, mode):
 
 
 @on_device
+@pytest.mark.parametrize("codec", CODECS)
+def test_blocks_from_disk(folders, codec, monkeypatch):
+    monkeypatch.setattr("dcext.runtime.device_offload.LEAST_READS_NBYTES", 1 << 20)
+    monkeypatch.setattr("dcext.runtime.device_offload.READS_NBYTES", 1 << 20)
+    folder = folders[codec]
+    resident = dcext.from_pretrained(folder)
+    expected = logits(resident.to("cuda") if DEVICE == "cuda" else resident)
+    model = dcext.from_pretrained(folder)
+    everything = plan_device(model, "device", least(folder, "device"), None).host_nbytes
+    budget = (1 << 20) + everything * 3 // 4  # all indices, and some payloads
+    # So small a model fits where it can be read into.
+    monkeypatch.setattr("dcext.runtime.device_offload._fits", lambda host, budget: False)
+    dcext.offload(model, device_memory=least(folder, "device"), host_memory=budget, device=DEVICE)
+    assert "disk" in model.dcext_offload.tiers.values()
+    for _ in range(3):
+        assert torch.equal(logits(model), expected)
+    disk = model.dcext_offload.device_stream.disk.statistics()
+    assert disk.used_nbytes > 0
+    assert disk.peak_nbytes <= disk.slots_nbytes
+
+
+@on_device
 def test_some_blocks_rest(folders):
     folder = folders["zstd"]
     model = dcext.from_pretrained(folder)
@@ -98,8 +120,9 @@ def test_some_blocks_rest(folders):
     plan = plan_device(model, "device", budget, None)
     assert plan.resting or everything.device_nbytes <= budget
     assert plan.device_nbytes <= budget
-    with pytest.raises(ValueError, match="host_memory: expected at least"):
-        plan_device(model, "device", least(folder, "device"), 10)
+    for mode in ("device", "raw"):
+        with pytest.raises(ValueError, match="host_memory: expected at least"):
+            plan_device(model, mode, least(folder, mode), 10)
     with pytest.raises(ValueError, match="mode: expected one of"):
         plan_device(model, "sideways", budget, None)
     expected = logits(model)

@@ -13,9 +13,11 @@ from dcext.nn.compressed import CompressedModule
 from dcext.nn.device import batch_decodes, decoder_blocks
 from dcext.nn.embedding import DCEmbedding
 from dcext.runtime.budget import format_nbytes
-from dcext.runtime.device_stream import DeviceStream
+from dcext.runtime.device_stream import READS_NBYTES, DeviceStream
 from dcext.runtime.traveling import MODES, Part, TravelingBlock
 
+# Host memory to read into, as in dcext.runtime.offload: so much, or a part of the budget where that is less.
+LEAST_READS_NBYTES, READS_SHARE = 8 << 20, 8
 SLOTS = 2  # one is filled while the other is used
 # Of a seek index, 448 bytes for each zstd block, which decodes to 128 KiB or, with pairs of weights, to 256.
 _INDEX_SHARE = 448 / (128 << 10)
@@ -33,7 +35,8 @@ class DeviceBlock:
         module: the block.
         layers: its compressed layers.
         device_nbytes: on the device while it rests or travels; an upper bound.
-        host_nbytes: in host memory if it travels.
+        host_nbytes: in host memory if it travels from there.
+        index_nbytes: in host memory if it travels from disk.
         decoded_nbytes: of matrices that are decoded when it is called.
     """
 
@@ -42,6 +45,7 @@ class DeviceBlock:
     layers: list[CompressedModule]
     device_nbytes: int
     host_nbytes: int
+    index_nbytes: int
     decoded_nbytes: int
 
 
@@ -51,6 +55,8 @@ class DevicePlan:
 
     Attributes:
         resting, traveling: the blocks, in order.
+        from_disk: those of ``traveling`` that stay in their files.
+        reads_nbytes: host memory that they are read into.
         slot_nbytes: of the largest that travels.
         device_nbytes: weights and slots on the device, and room to decode.
         host_nbytes: weights in host memory.
@@ -58,6 +64,8 @@ class DevicePlan:
 
     resting: list[DeviceBlock]
     traveling: list[DeviceBlock]
+    from_disk: list[DeviceBlock]
+    reads_nbytes: int
     slot_nbytes: int
     device_nbytes: int
     host_nbytes: int
@@ -68,7 +76,8 @@ def plan_device(
 ) -> DevicePlan:
     """Fits a model into budgets: as many blocks rest on the device as fit there, evenly spread.
 
-    Everything outside of blocks rests on the device. Traveling blocks wait in host memory.
+    Everything outside of blocks rests on the device. Traveling blocks wait in host memory, as far as that is enough; the
+    others stay on disk, but for their indices.
 
     Raises:
         ValueError: a budget is too small: by how much; the mode is unknown; the model has no decoder blocks.
@@ -95,18 +104,46 @@ def plan_device(
                 f"blocks, {format_nbytes(decoded)} to decode into, {SLOTS} slots of {format_nbytes(slot_nbytes)}; "
                 f"got {device_budget}"
             )
-        resting = _spread(blocks, room)
+        resting = _spread(blocks, room, lambda block: block.device_nbytes)
         traveling = [block for block in blocks if block not in resting]
         slot_nbytes = max(block.device_nbytes for block in traveling)
-    host = sum(block.host_nbytes for block in traveling)
-    if host_budget is not None and host > host_budget:
-        raise ValueError(
-            f"host_memory: expected at least {host} bytes ({format_nbytes(host)}) for what does not fit on the device, "
-            f"got {host_budget}"
-        )
+    from_disk, reads_nbytes, host = _fit_host(traveling, mode, host_budget)
     on_device = base + decoded + sum(block.device_nbytes for block in resting)
     slots = SLOTS * slot_nbytes if traveling else 0
-    return DevicePlan(resting, traveling, slot_nbytes, on_device + slots, host)
+    return DevicePlan(
+        resting, traveling, from_disk, reads_nbytes, slot_nbytes, on_device + slots, host
+    )
+
+
+def _fits(host_nbytes: int, budget: int) -> bool:
+    return host_nbytes <= budget
+
+
+def _fit_host(
+    traveling: list[DeviceBlock], mode: str, budget: int | None
+) -> tuple[list[DeviceBlock], int, int]:
+    """Which blocks stay on disk, the memory to read them into, and what host memory takes in all."""
+    host = sum(block.host_nbytes for block in traveling)
+    if budget is None or _fits(host, budget):
+        return [], 0, host
+    if mode in ("host", "raw"):
+        raise ValueError(
+            f"host_memory: expected at least {host} bytes ({format_nbytes(host)}) for what does not fit on the device, as "
+            f"mode {mode!r} reads nothing from disk, got {budget}"
+        )
+    reads = min(READS_NBYTES, max(LEAST_READS_NBYTES, budget // READS_SHARE))
+    indices = sum(block.index_nbytes for block in traveling)
+    room = budget - reads - indices
+    if room < 0:
+        least = LEAST_READS_NBYTES + indices
+        raise ValueError(
+            f"host_memory: expected at least {least} bytes ({format_nbytes(least)}) to read into and for what says where "
+            f"weights begin, got {budget}"
+        )
+    in_memory = _spread(traveling, room, lambda block: block.host_nbytes - block.index_nbytes)
+    from_disk = [block for block in traveling if block not in in_memory]
+    kept = sum(block.host_nbytes - block.index_nbytes for block in in_memory)
+    return from_disk, reads, reads + indices + kept
 
 
 def place_on_device(
@@ -149,7 +186,10 @@ def _units(
     for block, traveling in zip(plan.traveling, moving, strict=True):
         for layer in block.layers:
             assert layer.origin is not None
-            traveling.add(layer, layer.origin.load(progress), mode, device)
+            if block in plan.from_disk:
+                traveling.add_from_file(layer, layer.origin, device)
+            else:
+                traveling.add(layer, layer.origin.load(progress), mode, device)
             layer.move_all_but_payload(device)
         yield traveling.take_parts()
 
@@ -163,25 +203,26 @@ def _named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _describe(name: str, module: nn.Module, mode: str) -> DeviceBlock:
     layers = [layer for layer in module.modules() if isinstance(layer, CompressedModule)]
-    device = host = decoded = 0
+    device = host = index = decoded = 0
     for layer in layers:
         stored = _stored_nbytes(layer)
         raw = layer.num_weights
         is_raw = layer.codec == "raw" or mode in ("host", "raw")
         device += (raw if is_raw else stored) + _PART_NBYTES
         host += raw if mode == "raw" else layer.payload.nbytes if mode == "host" else stored
+        index += stored - layer.payload.nbytes
         decoded += raw if layer.codec == "zstd" and not is_raw else 0
-    return DeviceBlock(name, module, layers, device, host, decoded)
+    return DeviceBlock(name, module, layers, device, host, index, decoded)
 
 
 def _stored_nbytes(layer: CompressedModule) -> int:
     """Of a payload with what it takes to use it on a device; an upper bound."""
     nbytes = layer.payload.nbytes
+    info = payload_info(layer.payload)
     if layer.codec == "zstd":
-        return nbytes + int(layer.num_weights * _INDEX_SHARE) + 448 * (layer.shape[0] + 1)
+        return nbytes + int(layer.num_weights * _INDEX_SHARE) + 448 * len(info["chunks"])
     if layer.codec != "packed":
         return nbytes
-    info = payload_info(layer.payload)
     exceptions = sum(chunk["exceptions"] for chunk in info["chunks"])
     tiles = layer.shape[0] / 16 + 2 * len(info["chunks"])
     index = _EXCEPTION_NBYTES * exceptions + _ROW_NBYTES * (layer.shape[0] + 1)
@@ -209,15 +250,16 @@ def _outside_nbytes(model: nn.Module, inside: set[int]) -> tuple[int, int]:
     return nbytes, decoded
 
 
-def _spread(blocks: list[DeviceBlock], room: int) -> list[DeviceBlock]:
+def _spread(
+    blocks: list[DeviceBlock], room: int, nbytes: Callable[[DeviceBlock], int]
+) -> list[DeviceBlock]:
     """As many blocks as fit, evenly spread, so that copies always have time."""
-    total = sum(block.device_nbytes for block in blocks)
-    share, credit, left = room / total, 0.0, room
+    share, credit, left = room / sum(map(nbytes, blocks)), 0.0, room
     chosen = []
     for block in blocks:
-        credit += share * block.device_nbytes
-        if block.device_nbytes <= min(credit, left):
+        credit += share * nbytes(block)
+        if nbytes(block) <= min(credit, left):
             chosen.append(block)
-            credit -= block.device_nbytes
-            left -= block.device_nbytes
+            credit -= nbytes(block)
+            left -= nbytes(block)
     return chosen

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from dcext import _C
 from dcext.codec import payload_info
+from dcext.runtime.host_stream import HostStream
+from dcext.runtime.origin import Origin
 
+READS_NBYTES = 64 << 20
 _ALIGNMENT = 256  # of parts in a slot: what kernels load at once, and more
 _RING_NBYTES = (
     8 << 20
@@ -29,6 +32,19 @@ class HostDecoded:
     """
 
     payload: Tensor
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """A payload that is read from its file, and compared with its checksums, whenever the unit travels.
+
+    It arrives as ``(nbytes,)`` uint8 without its header and chunk table, which stay undefined.
+
+    Attributes:
+        origin: of the payload.
+    """
+
+    origin: Origin
 
 
 @dataclass(frozen=True)
@@ -61,15 +77,17 @@ class DeviceStream:
 
     Attributes:
         handle: by which operators find the stream.
+        disk: who reads files, or None.
         slots: ``num_slots`` 1-D uint8 tensors on the device, all of the size of the largest unit.
     """
 
     def __init__(
         self,
-        units: Iterable[Sequence[Tensor | HostDecoded]],
+        units: Iterable[Sequence[Tensor | HostDecoded | FromFile]],
         device: torch.device | str,
         *,
         num_slots: int = 2,
+        reads_nbytes: int = READS_NBYTES,
         max_ahead_nbytes: int | None = None,
         ahead_in_captures: bool = True,
     ) -> None:
@@ -79,6 +97,7 @@ class DeviceStream:
             units: the parts of each unit: contiguous uint8 or int8 on the CPU, such as a payload and its seek index, or
                 what is decoded on its way. Taken one by one, so that they need not be in memory together.
             device: where they travel to.
+            reads_nbytes: pinned memory to read files into, where there are ``FromFile`` parts.
             num_slots: at least 1; with 1, nothing is copied while another unit is used.
             max_ahead_nbytes: bound on the bytes of copies ahead of use that are not done yet; one unit is always
                 copied ahead.
@@ -95,6 +114,9 @@ class DeviceStream:
         host = []
         decoded: list[list[tuple[Tensor, int]]] = []
         panel_nbytes = 0
+        disk: list[list[int]] = []
+        origins: dict[str, Origin] = {}
+        groups: list[int] = []
         for parts in units:
             if not parts:
                 raise ValueError("DeviceStream: units: expected at least 1 part in each, got none")
@@ -102,7 +124,12 @@ class DeviceStream:
             self._places.append(places)
             host.append(_rest_in_host_memory(parts, places))
             decoded.append([])
+            disk.append([])
             for part, place in zip(parts, places, strict=True):
+                if isinstance(part, FromFile):
+                    disk[-1].append(place.offset)
+                    origins[f"{len(groups)} {part.origin.name}"] = part.origin
+                    groups.append(sum(map(bool, disk)) - 1)
                 if isinstance(part, HostDecoded):
                     decoded[-1].append((part.payload, place.offset))
                     panel_rows = payload_info(part.payload)["panel_rows"]
@@ -118,11 +145,16 @@ class DeviceStream:
         if has_decoded:
             size = max(panel_nbytes, min(_RING_NBYTES, nbytes))
             ring = _C.empty_weights(_RING_BUFFERS * size).view(_RING_BUFFERS, size)
+        self.disk: HostStream | None = None
+        if origins:
+            self.disk = HostStream(origins, reads_nbytes, units=groups)
         self._stream = _C.DeviceStream(
             host,
             decoded,
             self.slots,
             ring,
+            None if self.disk is None else self.disk.native,
+            disk,
             2**63 - 1 if max_ahead_nbytes is None else max_ahead_nbytes,
             ahead_in_captures,
         )
@@ -190,11 +222,14 @@ class DeviceStream:
         self._stream.close()
 
 
-def _places(parts: Sequence[Tensor | HostDecoded]) -> list[_Place]:
+def _places(parts: Sequence[Tensor | HostDecoded | FromFile]) -> list[_Place]:
     places: list[_Place] = []
     for part in parts:
         end = places[-1].end if places else 0
         offset = -(-end // _ALIGNMENT) * _ALIGNMENT
+        if isinstance(part, FromFile):
+            places.append(_Place(offset, (part.origin.nbytes,), torch.uint8))
+            continue
         if isinstance(part, HostDecoded):
             places.append(_Place(offset, payload_info(part.payload)["shape"], torch.int8))
             continue
@@ -207,12 +242,12 @@ def _places(parts: Sequence[Tensor | HostDecoded]) -> list[_Place]:
 
 
 def _rest_in_host_memory(
-    parts: Sequence[Tensor | HostDecoded], places: list[_Place]
+    parts: Sequence[Tensor | HostDecoded | FromFile], places: list[_Place]
 ) -> list[tuple[Tensor, int]]:
     """Neighbouring parts as one tensor each, laid out as in the slot, with their places there."""
     runs: list[list[tuple[Tensor, _Place]]] = [[]]
     for part, place in zip(parts, places, strict=True):
-        if isinstance(part, HostDecoded):
+        if isinstance(part, (HostDecoded, FromFile)):
             runs.append([])
         elif part.numel() > 0:
             runs[-1].append((part, place))

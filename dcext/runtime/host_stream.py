@@ -66,13 +66,20 @@ class HostStream:
     """Reads payloads into memory of fixed size, a few huge pages each, in the order in which layers use them."""
 
     def __init__(
-        self, origins: Mapping[str, Origin], slots_nbytes: int, *, page_cache: bool = False
+        self,
+        origins: Mapping[str, Origin],
+        slots_nbytes: int,
+        *,
+        page_cache: bool = False,
+        units: Sequence[int] | None = None,
     ) -> None:
         """Opens the files.
 
         Args:
             origins: of each layer's payload, by the layer's name, in the order in which layers are used at first.
             slots_nbytes: memory to read into.
+            units: the unit of each payload, ascending from 0, where several are read together and travel to a device; None
+                for layers that run on the CPU.
             page_cache: whether the system may keep what was read in memory that is not counted here.
 
         Raises:
@@ -82,29 +89,30 @@ class HostStream:
         """
         paths: dict[str, int] = {}
         payloads = []
-        for name, origin in origins.items():
+        numbers = [-1] * len(origins) if units is None else units
+        for (name, origin), unit in zip(origins.items(), numbers, strict=True):
             info = origin.reader.info(origin.name)
             path = str(origin.reader.directory / info.file)
             file = paths.setdefault(path, len(paths))
-            payloads.append((name, file, info.offset, origin.view()))
+            payloads.append((name, file, info.offset, origin.view(), unit))
         self._page_cache = page_cache
-        self._stream = _C.HostStream(list(paths), payloads, slots_nbytes, page_cache)
-        self.handle: int = self._stream.handle
+        self.native = _C.HostStream(list(paths), payloads, slots_nbytes, page_cache)
+        self.handle: int = self.native.handle
         self.names: Sequence[str] = tuple(origins)
-        self.slots_nbytes: int = self._stream.slots_nbytes
+        self.slots_nbytes: int = self.native.slots_nbytes
 
     def statistics(self) -> StreamStatistics:
         """What was done so far."""
-        dropped = "bypassed" if self._stream.is_direct else "dropped"
+        dropped = "bypassed" if self.native.is_direct else "dropped"
         return StreamStatistics(
-            **self._stream.statistics(),
+            **self.native.statistics(),
             slots_nbytes=self.slots_nbytes,
             page_cache="used" if self._page_cache else dropped,
         )
 
     def close(self) -> None:
         """Drops what was read ahead. Layers that run, or are called later, raise ``RuntimeError``."""
-        self._stream.close()
+        self.native.close()
 
 
 class StreamedWeight:

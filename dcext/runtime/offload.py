@@ -80,8 +80,8 @@ class Offload:
     """Where the weights of a model are, and what streaming them took.
 
     Attributes:
-        tiers: ``"memory"`` or ``"disk"`` for each payload, by the name of its module; with ``device_memory`` ``"device"``
-            or ``"host"`` for each decoder block and ``"device"`` for the rest.
+        tiers: ``"memory"`` or ``"disk"`` for each payload, by the name of its module; with ``device_memory`` ``"device"``,
+            ``"host"`` or ``"disk"`` for each decoder block; the rest is on the device.
         nbytes: bytes of each.
         memory_nbytes: bytes of weights in host memory: payloads, all that is not compressed, and room for reads.
         device_nbytes: bytes of weights on the device, slots and room to decode; 0 without ``device_memory``.
@@ -127,7 +127,10 @@ class Offload:
             place, nbytes = "device memory", self.device_nbytes
         if not away:
             return f"all {len(self.tiers)} weights in {place}, {format_nbytes(nbytes)}"
-        where = "host memory" if self.device_nbytes > 0 else "disk"
+        where = "disk"
+        if self.device_nbytes > 0:
+            disk = [name for name in away if self.tiers[name] == "disk"]
+            where = f"host memory, {len(disk)} of them from disk" if disk else "host memory"
         return (
             f"{format_nbytes(nbytes)} in {place}; {len(away)} of {len(self.tiers)} weights, "
             f"{format_nbytes(self.streamed_nbytes)}, streamed from {where}\n{self.statistics()}"
@@ -151,8 +154,9 @@ def offload(
     - ``host_memory`` alone, on the CPU: layers that do not fit stay in their files and are read with large direct reads,
       panel by panel, ahead of their use; every chunk is compared with its checksum each time. Do not alter the files
       meanwhile: that raises ``FormatError`` in the layer that needs them.
-    - ``device_memory``: the model runs on a device; decoder blocks that do not fit there wait in pinned host memory and
-      are copied ahead of their use (not yet run on a GPU). Call blocks, not layers inside of them.
+    - ``device_memory``: the model runs on a device; decoder blocks that do not fit there wait in pinned host memory, those
+      that do not fit in ``host_memory`` either stay in their files, and all are copied ahead of their use (not yet run on
+      a GPU). Call blocks, not layers inside of them.
 
     Args:
         model: from ``dcext.from_pretrained``, on the CPU.
@@ -206,6 +210,7 @@ def _offload_to_device(
     stream = place_on_device(model, plan, device, mode, progress)
     tiers = {block.name: "device" for block in plan.resting}
     tiers |= {block.name: "host" for block in plan.traveling}
+    tiers |= {block.name: "disk" for block in plan.from_disk}
     nbytes = {block.name: block.device_nbytes for block in [*plan.resting, *plan.traveling]}
     return Offload(
         tiers=tiers,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dcext.codec import decode, payload_info
 from dcext.nn.compressed import CompressedModule
 from dcext.nn.device import IndexedWeight, batch_decodes, rest_on
-from dcext.runtime.device_stream import DeviceStream, HostDecoded
+from dcext.runtime.device_stream import DeviceStream, FromFile, HostDecoded
+from dcext.runtime.origin import Origin
 
 if TYPE_CHECKING:
     from dcext.kernels.packed_weight import PackedWeight
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 MODES = ("auto", "device", "host", "raw")
 _CPU = torch.device("cpu")
 
-Part = Tensor | HostDecoded
+Part = Tensor | HostDecoded | FromFile
 # Makes a weight of the views of its parts in a slot.
 Rebuild = Callable[[list[Tensor]], "IndexedWeight | PackedWeight"]
 
@@ -45,6 +46,34 @@ def travel_parts(payload: Tensor, mode: str, device: torch.device) -> tuple[list
     if isinstance(weight, IndexedWeight):
         return _indexed_parts(weight, device)
     return _packed_parts(weight)
+
+
+def file_parts(origin: Origin, device: torch.device) -> tuple[list[Part], Rebuild]:
+    """The same for a payload that stays in its file: what is not its bytes rests in host memory.
+
+    Raises:
+        FormatError: it is damaged.
+        ValueError: its frames have matches, which a device cannot decode.
+    """
+    weight = rest_on(origin.view(), _CPU)
+    if isinstance(weight, IndexedWeight):
+        if weight.codec == "raw" and weight.view is not None:
+            begin = payload_info(weight.payload)["chunks"][0]["offset"]
+            shape = weight.shape
+            nbytes = shape[0] * shape[1]
+            return [FromFile(origin)], lambda views: IndexedWeight.dense(
+                views[0][begin : begin + nbytes].view(torch.int8).view(shape), device
+            )
+        if weight.index is None or weight.codec == "raw":
+            raise ValueError(
+                f"offload: {origin.name}: expected frames without matches, which a device can decode from a file, found others"
+            )
+    parts, rebuild = (
+        _indexed_parts(weight, device)
+        if isinstance(weight, IndexedWeight)
+        else _packed_parts(weight)
+    )
+    return [FromFile(origin), *parts[1:]], rebuild
 
 
 def _indexed_parts(weight: IndexedWeight, device: torch.device) -> tuple[list[Part], Rebuild]:
@@ -98,6 +127,13 @@ class TravelingBlock:
     ) -> None:
         """Adds a layer of the block."""
         parts, rebuild = travel_parts(payload, mode, device)
+        self._add(layer, parts, rebuild)
+
+    def add_from_file(self, layer: CompressedModule, origin: Origin, device: torch.device) -> None:
+        """Adds a layer whose payload stays in its file."""
+        self._add(layer, *file_parts(origin, device))
+
+    def _add(self, layer: CompressedModule, parts: list[Part], rebuild: Rebuild) -> None:
         begin = len(self.parts)
         self.parts += parts
         self._layers.append((layer, slice(begin, begin + len(parts)), rebuild))
