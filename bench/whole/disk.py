@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
@@ -12,6 +13,7 @@ from itertools import cycle
 from pathlib import Path
 
 READ_NBYTES = 2 << 20
+HUGE_PAGE_NBYTES = 2 << 20
 READERS = 4  # csrc/runtime/read_threads.h: kReadThreads
 
 
@@ -51,9 +53,11 @@ def bytes_per_s(paths: Sequence[Path], seconds: float) -> float | None:
             return None
         reads = _Shared(_places(files))
         done = [0] * READERS
+        memory = huge_pages(READERS * READ_NBYTES)
+        buffers = [memory[i * READ_NBYTES :][:READ_NBYTES] for i in range(READERS)]
         begin = time.perf_counter()
         readers = [
-            threading.Thread(target=_read, args=(reads, begin + seconds, done, i))
+            threading.Thread(target=_read, args=(reads, buffers[i], begin + seconds, done, i))
             for i in range(READERS)
         ]
         for reader in readers:
@@ -61,6 +65,18 @@ def bytes_per_s(paths: Sequence[Path], seconds: float) -> float | None:
         for reader in readers:
             reader.join()
         return sum(done) / (time.perf_counter() - begin) or None
+
+
+def huge_pages(nbytes: int) -> memoryview:
+    """Memory that starts at a huge page, and consists of them where the system gives any: a disk that fills 4 KiB pages was
+    seen at 1.1 GB/s, and at 3.1 GB/s with these."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory, the default, has none
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE_NBYTES, flags=flags)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    skipped = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE_NBYTES
+    aligned = memoryview(memory)[skipped : skipped + nbytes]
+    aligned[::4096] = bytes(len(aligned[::4096]))  # has them all made
+    return aligned
 
 
 def storage_nbytes() -> int:
@@ -88,13 +104,10 @@ class _Shared:
             return next(self.items)
 
 
-def _read(reads: _Shared, end: float, done: list[int], index: int) -> None:
-    buffer = mmap.mmap(-1, READ_NBYTES)  # page-aligned
+def _read(reads: _Shared, buffer: memoryview, end: float, done: list[int], index: int) -> None:
     try:
         while time.perf_counter() < end:
             file, offset = reads.take()
             done[index] += os.preadv(file, [buffer], offset)
     except OSError:  # no such reads here: nothing is counted
         done[index] = 0
-    finally:
-        buffer.close()

@@ -15,6 +15,8 @@ PROCESS_NBYTES = 640 << 20
 # accelerate has a weight in memory twice while it is multiplied: as read, and as oneDNN wants it. The embedding has
 # 0.8 GB. In 1 GiB a pass of 16 tokens did not end in minutes.
 ACCELERATE_NBYTES = 2 << 30
+# Without overlap a layer is read as a whole; the head has 0.4 GB.
+SYNCHRONOUS_NBYTES = 512 << 20
 LITTLE_NBYTES = 128 << 20
 PLACES = {"little": "from disk", "half": "half in memory", "all": "in memory"}
 
@@ -50,7 +52,10 @@ class Case:
         """Bytes of memory that the process may take in all; None for all there is."""
         if host_nbytes is None:
             return None
-        return ACCELERATE_NBYTES if self.engine == "accelerate" else host_nbytes + PROCESS_NBYTES
+        if self.engine == "accelerate":
+            return ACCELERATE_NBYTES
+        whole = SYNCHRONOUS_NBYTES if self.engine == "synchronous" else 0
+        return host_nbytes + PROCESS_NBYTES + whole
 
 
 def offload_cases(model: str) -> list[Case]:

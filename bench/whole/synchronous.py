@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dcext
 from dcext.nn.compressed import CompressedModule
 from dcext.runtime.host_stream import Origin
-from whole.disk import READ_NBYTES, READERS
+from whole.disk import READ_NBYTES, READERS, huge_pages
 
 PAGE = mmap.PAGESIZE
 
@@ -25,8 +25,7 @@ class SynchronousReader:
 
     def __init__(self, largest_nbytes: int) -> None:
         """Args: largest_nbytes: of a payload."""
-        self.buffer = mmap.mmap(-1, largest_nbytes + 2 * PAGE)
-        self.memory = memoryview(self.buffer)
+        self.memory = huge_pages(largest_nbytes + 2 * PAGE)
         self.files: dict[str, int] = {}
         self.threads = ThreadPoolExecutor(READERS)
         self.nbytes = 0
@@ -46,7 +45,7 @@ class SynchronousReader:
             raise OSError(f"{path}: expected {info.nbytes} bytes at {info.offset}, got fewer")
         self.nbytes += info.nbytes
         return torch.frombuffer(
-            self.buffer, dtype=torch.uint8, offset=info.offset - begin, count=info.nbytes
+            self.memory, dtype=torch.uint8, offset=info.offset - begin, count=info.nbytes
         )
 
     def _read(self, file: int, origin: int, begin: int, end: int) -> int:
