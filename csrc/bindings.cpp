@@ -112,6 +112,7 @@ void bind_host_stream(py::module_& m) {
       .def_property_readonly("slots_nbytes", &HostStream::slots_nbytes)
       .def_property_readonly("is_direct", &HostStream::is_direct)
       .def("statistics", &host_stream_statistics)
+      .def("read_all", &HostStream::read_all, py::call_guard<py::gil_scoped_release>())
       .def("close", [](HostStream& stream) { stream.stream().close(); });
 }
 

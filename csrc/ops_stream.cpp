@@ -139,6 +139,22 @@ const std::vector<const HostStream::Layer*>& HostStream::group(const char* op, i
   return groups_[unit];
 }
 
+void HostStream::read_all() {
+  constexpr const char* kOp = "dcext.HostStream.read_all";
+  for (int64_t unit = 0; unit < stream_->num_units(); ++unit) {
+    const auto use = stream_->begin(unit);
+    const auto count = static_cast<int64_t>(stream_->pieces(unit).size());
+    Failure failure;
+    for (int64_t i = 0; i < count && failure.ok(); ++i) {
+      const uint8_t* data;
+      failure = stream_->wait(*use, i, &data);
+      if (failure.ok()) stream_->release(*use, i);
+    }
+    stream_->end(use);
+    raise_if_failed(kOp, failure);
+  }
+}
+
 bool HostStream::is_direct() const {
   return std::all_of(files_.begin(), files_.end(), [](const auto& f) { return f->is_direct(); });
 }

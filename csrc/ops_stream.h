@@ -55,6 +55,9 @@ class HostStream {
 
   WeightStream& stream() { return *stream_; }
   int64_t slots_nbytes() const { return slots_.slot_nbytes * slots_.num_slots; }
+  /** Reads everything once, in order, as layers would, and computes nothing. */
+  void read_all();
+
   uint8_t* slots_data() const { return slots_.data; }
   int64_t slot_nbytes() const { return slots_.slot_nbytes; }
   /** Whether all files are read without the page cache and without having to drop pages from it. */

@@ -297,6 +297,16 @@ def test_generation_and_the_learnt_order(folders):
     )
 
 
+def test_reading_without_computing(folders):
+    model = streamed(folders["zstd"])
+    stream = model.dcext_offload.stream
+    assert stream.read_all() > 0
+    statistics = stream.statistics()
+    assert statistics.used_nbytes >= 0.99 * model.dcext_offload.streamed_nbytes
+    expected = logits(dcext.from_pretrained(folders["zstd"]), 2)
+    assert torch.equal(logits(model, 2), expected)
+
+
 def test_compiled_models_stream(folders):
     layer = streamed(folders["zstd"]).model.layers[0].mlp
     same = dcext.from_pretrained(folders["zstd"]).model.layers[0].mlp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,11 @@ def test_blocks_from_disk(folders, codec, monkeypatch):
     disk = model.dcext_offload.device_stream.disk.statistics()
     assert disk.used_nbytes > 0
     assert disk.peak_nbytes <= disk.slots_nbytes
+    (shard,) = folder.glob("*.safetensors")
+    os.utime(shard)
+    with pytest.raises(dcext.FormatError, match="file changed: time of modification"):
+        for _ in range(2):
+            logits(model)
 
 
 @on_device

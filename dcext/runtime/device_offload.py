@@ -17,7 +17,7 @@ from dcext.runtime.device_stream import READS_NBYTES, DeviceStream
 from dcext.runtime.traveling import MODES, Part, TravelingBlock
 
 # Host memory to read into, as in dcext.runtime.offload: so much, or a part of the budget where that is less.
-LEAST_READS_NBYTES, READS_SHARE = 8 << 20, 8
+LEAST_READS_NBYTES, READS_SHARE = 8 << 20, 4
 SLOTS = 2  # one is filled while the other is used
 # Of a seek index, 448 bytes for each zstd block, which decodes to 128 KiB or, with pairs of weights, to 256.
 _INDEX_SHARE = 448 / (128 << 10)

@@ -21,7 +21,7 @@ OFFLOAD_ATTRIBUTE = "dcext_offload"
 # Of reads: 32 of 2 MiB, which bridge 20 ms at 3 GB/s, longer than anything that is not a layer takes.
 SLOTS_NBYTES = 64 << 20
 LEAST_SLOTS_NBYTES = 8 << 20
-SLOTS_SHARE = 8  # of the budget, one part, where that is less
+SLOTS_SHARE = 4  # of the budget, one part, where that is less
 
 
 @dataclass(frozen=True)
