@@ -3,12 +3,14 @@
 #   PYTHON  interpreter that the environment is made from
 #   TORCH   requirement installed where the environment has no torch yet; given to make, it replaces the one there
 #   FUZZ_SECONDS  how long `make fuzz` runs, by default 600
+#   STRESS_STEPS  how many layer steps `make stress` does, by default a million
 #   BENCH_OUTPUT  folder where `make bench` also writes its figures as JSON, such as bench/results
 #   DCEXT_CUDA, DCEXT_ZSTD_DIR, DCEXT_XXHASH_DIR, DCEXT_CACHE, MAX_JOBS  see setup.py and third_party/README.md
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 FUZZ_SECONDS ?= 600
+STRESS_STEPS ?= 1000000
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -23,7 +25,7 @@ BUILD_KEY := $(TORCH) $(DCEXT_CUDA) $(DCEXT_ZSTD_DIR) $(DCEXT_XXHASH_DIR) $(TORC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest lint format build fuzz bench generation quality zeroshot clean distclean
+.PHONY: help demo test pytest lint format build fuzz stress bench generation quality zeroshot clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "%-10s %s\n", $$1, $$2}'
@@ -58,6 +60,11 @@ fuzz: build  ## fuzz the seek index under sanitizers; what finds new code goes t
 	@program=$$($(PY) tests/fuzz/build.py) || { echo "$$program"; exit 1; }; seed=$$(date +%s); \
 	echo "seed $$seed"; cd build/fuzz && \
 	$$program fuzz --seconds $(FUZZ_SECONDS) --seed $$seed --corpus $(CURDIR)/tests/fuzz/corpus
+
+stress: $(VENV)/stamp-dev  ## a million steps of weight streams under ThreadSanitizer (a quarter of an hour on two cores)
+	@program=$$($(PY) tests/stream/build.py thread) || { echo "requires $$program"; exit 1; }; seed=$$(date +%s); \
+	echo "seed $$seed"; cd build/stream && \
+	TSAN_OPTIONS=halt_on_error=1 $$program --steps $(STRESS_STEPS) --seed $$seed
 
 bench: build  ## all benchmarks, with their hardware line
 	@for script in bench/bench_*.py; do \

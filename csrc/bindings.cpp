@@ -7,6 +7,7 @@
 #include <zstd.h>
 
 #include "ops_common.h"
+#include "ops_device_stream.h"
 #include "ops_seek.h"
 #include "ops_stream.h"
 #include "runtime/thread_pool.h"
@@ -75,11 +76,11 @@ std::optional<at::Tensor> seek_index_released(const at::Tensor& payload, bool ve
 
 std::shared_ptr<HostStream> make_host_stream(
     const std::vector<std::string>& paths,
-    const std::vector<std::tuple<std::string, int64_t, int64_t, at::Tensor>>& payloads,
+    const std::vector<std::tuple<std::string, int64_t, int64_t, at::Tensor, int64_t>>& payloads,
     int64_t slots_nbytes, bool page_cache) {
   std::vector<HostStream::Source> sources;
-  for (const auto& [name, file, offset, payload] : payloads) {
-    sources.push_back({name, file, offset, payload});
+  for (const auto& [name, file, offset, payload, unit] : payloads) {
+    sources.push_back({name, file, offset, payload, unit});
   }
   const auto stream = std::make_shared<HostStream>(
       paths, sources, slots_nbytes, page_cache ? PageCache::kKeep : PageCache::kBypass);
@@ -101,6 +102,41 @@ py::dict host_stream_statistics(HostStream& stream) {
   out["reading_s"] = static_cast<double>(s.reading_ns) / kSecond;
   out["peak_nbytes"] = s.peak_slots * stream.slot_nbytes();
   return out;
+}
+
+void bind_host_stream(py::module_& m) {
+  py::class_<HostStream, std::shared_ptr<HostStream>>(m, "HostStream")
+      .def(py::init(&make_host_stream), py::arg("paths"), py::arg("payloads"),
+           py::arg("slots_nbytes"), py::arg("page_cache"))
+      .def_property_readonly("handle", &HostStream::handle)
+      .def_property_readonly("slots_nbytes", &HostStream::slots_nbytes)
+      .def_property_readonly("is_direct", &HostStream::is_direct)
+      .def("statistics", &host_stream_statistics)
+      .def("read_all", &HostStream::read_all, py::call_guard<py::gil_scoped_release>())
+      .def("close", [](HostStream& stream) { stream.stream().close(); });
+}
+
+py::dict device_stream_statistics(const TensorStream& stream) {
+  const DeviceStreamStatistics statistics = stream.stream().statistics();
+  py::dict result;
+  result["begins"] = statistics.begins;
+  result["hits"] = statistics.hits;
+  result["late"] = statistics.late;
+  result["copied_nbytes"] = statistics.copied_nbytes;
+  result["stall_ns"] = statistics.stall_ns;
+  return result;
+}
+
+void bind_device_stream(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> kReleased;
+  py::class_<TensorStream, std::shared_ptr<TensorStream>>(m, "DeviceStream")
+      .def(py::init(&TensorStream::open), py::arg("host"), py::arg("decoded"), py::arg("slots"),
+           py::arg("ring"), py::arg("disk_stream"), py::arg("disk"), py::arg("max_ahead_nbytes"),
+           py::arg("ahead_in_captures"))
+      .def_property_readonly("handle", &TensorStream::handle)
+      .def("statistics", &device_stream_statistics)
+      .def("join", &TensorStream::join, kReleased)
+      .def("close", &TensorStream::close, kReleased);
 }
 
 void set_num_threads(int num_threads) {
@@ -142,15 +178,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("decode_into", &decode_into, py::arg("payload"), py::arg("out"), py::arg("region"),
         py::arg("num_threads"), py::arg("verify"));
   m.def("seek_index", &seek_index_released, py::arg("payload"), py::arg("verify"));
-  py::class_<HostStream, std::shared_ptr<HostStream>>(m, "HostStream")
-      .def(py::init(&make_host_stream), py::arg("paths"), py::arg("payloads"),
-           py::arg("slots_nbytes"), py::arg("page_cache"))
-      .def_property_readonly("handle", &HostStream::handle)
-      .def_property_readonly("slots_nbytes", &HostStream::slots_nbytes)
-      .def_property_readonly("is_direct", &HostStream::is_direct)
-      .def("statistics", &host_stream_statistics)
-      .def("close", [](HostStream& stream) { stream.stream().close(); });
   m.def("empty_weights", &empty_weights, py::arg("nbytes"));
+  bind_host_stream(m);
+  bind_device_stream(m);
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
   m.def("get_num_threads", [] { return default_pool().num_threads(); });
   m.def("available_cpus", &available_cpus);

@@ -1,6 +1,7 @@
 #include <torch/library.h>
 
 #include "ops_common.h"
+#include "ops_device_stream.h"
 #include "ops_layers.h"
 #include "ops_quantize.h"
 #include "ops_seek.h"
@@ -32,6 +33,8 @@ TORCH_LIBRARY(dcext, m) {
   m.def(
       "decode_indexed_(Tensor[] payloads, Tensor[] indices, Tensor(a!)[] outs, "
       "Tensor(b!) failures) -> ()");
+  m.def("fetch_(int stream, int unit, Tensor(a!) slot) -> ()");
+  m.def("fetched_(int stream, int unit, Tensor(a!) slot, Tensor? after=None) -> ()");
   m.def(
       "linear(Tensor x, Tensor payload, Tensor row_scale, Tensor? col_scale, Tensor? bias, "
       "str activations) -> Tensor");
@@ -58,6 +61,8 @@ TORCH_LIBRARY_IMPL(dcext, CPU, m) {
   m.impl("encode", &dcext::encode_op);
   m.impl("decode_out", &dcext::decode_out_op);
   m.impl("decode_indexed_", &dcext::decode_indexed_cpu);
+  m.impl("fetch_", &dcext::fetch_cpu);
+  m.impl("fetched_", &dcext::fetched_cpu);
   m.impl("linear", &dcext::linear);
   m.impl("embedding", &dcext::embedding);
   m.impl("linear_streamed", &dcext::linear_streamed);

@@ -80,7 +80,8 @@ void raise_failure(const char* op, const Failure& failure) {
     case Status::kOutOfMemory: throw c10::OutOfMemoryError(where, message.str());
     case Status::kBadArgument:
     case Status::kDstTooSmall:
-    case Status::kInternal: throw c10::Error(where, message.str());
+    case Status::kInternal:
+    case Status::kDeviceError: throw c10::Error(where, message.str());
     default: throw FormatError(where, message.str());
   }
 }

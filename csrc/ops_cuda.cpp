@@ -12,6 +12,7 @@
 #include "cuda/dequantize_epilogue.h"
 #include "cuda/quantize_activations.h"
 #include "ops_common.h"
+#include "ops_device_stream.h"
 #include "ops_seek.h"
 
 namespace dcext {
@@ -90,12 +91,28 @@ void decode_indexed(at::TensorList payloads, at::TensorList indices, at::TensorL
                                      c10::cuda::getCurrentCUDAStream()));
 }
 
+void fetch_cuda(int64_t stream, int64_t unit, at::Tensor slot) {
+  fetch(stream, unit, slot, current_cuda_stream(slot.device()));
+}
+
+void fetched_cuda(int64_t stream, int64_t unit, at::Tensor slot,
+                  const std::optional<at::Tensor>& after) {
+  fetched(stream, unit, slot, current_cuda_stream(slot.device()));
+}
+
 }  // namespace
+
+Link::Stream current_cuda_stream(at::Device device) {
+  return c10::cuda::getCurrentCUDAStream(device.index()).stream();
+}
+
 }  // namespace dcext
 
 // The schemas are defined in ops.cpp.
 TORCH_LIBRARY_IMPL(dcext, CUDA, m) {
   m.impl("decode_indexed_", &dcext::decode_indexed);
+  m.impl("fetch_", &dcext::fetch_cuda);
+  m.impl("fetched_", &dcext::fetched_cuda);
   m.impl("quantize_activations", &dcext::quantize_activations);
   m.impl("dequantize", &dcext::dequantize);
 }

@@ -66,9 +66,23 @@ HostStream::HostStream(const std::vector<std::string>& paths, const std::vector<
     raise_if_failed(place.c_str(),
                     PayloadView::parse_head(layer->head_bytes.data(), layer->head_bytes.size(),
                                             source.payload.numel(), &layer->head));
-    layer->pieces =
-        PanelPieces::cut(layer->head, files_[source.file].get(), source.offset, piece_nbytes);
-    units.push_back(layer->pieces.pieces);
+    ReadSource* file = files_[source.file].get();
+    layer->offset = source.offset;
+    if (source.unit >= 0) {
+      layer->verified = std::make_unique<VerifiedPayload>(*file, layer->head, source.offset);
+      file = layer->verified.get();
+    }
+    layer->pieces = PanelPieces::cut(layer->head, file, source.offset, piece_nbytes);
+    const bool joins = source.unit >= 0 && source.unit + 1 == static_cast<int64_t>(units.size());
+    if (!joins) units.emplace_back();
+    TORCH_CHECK_VALUE(source.unit < 0 || source.unit + 1 == static_cast<int64_t>(units.size()), kOp,
+                      ": unit: expected ascending numbers from 0, got ", source.unit);
+    if (source.unit >= 0) {
+      groups_.resize(units.size());
+      groups_.back().push_back(layer.get());
+    }
+    const auto& pieces = layer->pieces.pieces;
+    units.back().insert(units.back().end(), pieces.begin(), pieces.end());
     layers_.push_back(std::move(layer));
   }
   const int64_t needed = std::max(piece_nbytes, largest_piece(units)) + ReadSource::kSlackNbytes;
@@ -112,9 +126,33 @@ std::shared_ptr<HostStream> HostStream::find(const char* op, int64_t handle) {
 }
 
 const HostStream::Layer& HostStream::layer(const char* op, int64_t unit) const {
+  TORCH_CHECK_VALUE(groups_.empty(), op, ": stream: expected one of single layers, got one of ",
+                    groups_.size(), " groups");
   TORCH_CHECK_VALUE(0 <= unit && unit < static_cast<int64_t>(layers_.size()), op,
                     ": unit: expected one in [0, ", layers_.size(), "), got ", unit);
   return *layers_[unit];
+}
+
+const std::vector<const HostStream::Layer*>& HostStream::group(const char* op, int64_t unit) const {
+  TORCH_CHECK_VALUE(0 <= unit && unit < static_cast<int64_t>(groups_.size()), op,
+                    ": unit: expected one in [0, ", groups_.size(), "), got ", unit);
+  return groups_[unit];
+}
+
+void HostStream::read_all() {
+  constexpr const char* kOp = "dcext.HostStream.read_all";
+  for (int64_t unit = 0; unit < stream_->num_units(); ++unit) {
+    const auto use = stream_->begin(unit);
+    const auto count = static_cast<int64_t>(stream_->pieces(unit).size());
+    Failure failure;
+    for (int64_t i = 0; i < count && failure.ok(); ++i) {
+      const uint8_t* data;
+      failure = stream_->wait(*use, i, &data);
+      if (failure.ok()) stream_->release(*use, i);
+    }
+    stream_->end(use);
+    raise_if_failed(kOp, failure);
+  }
 }
 
 bool HostStream::is_direct() const {

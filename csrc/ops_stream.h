@@ -10,6 +10,7 @@
 
 #include "runtime/direct_file.h"
 #include "runtime/streamed_panels.h"
+#include "runtime/verified_payload.h"
 
 namespace dcext {
 
@@ -22,6 +23,8 @@ class HostStream {
     int64_t file;        ///< index of its path
     int64_t offset;      ///< of its first byte
     at::Tensor payload;  ///< its bytes; only header and chunk table are read, and copied
+    int64_t unit =
+        -1;  ///< payloads that are read together have the same, ascending from 0; -1: one each
   };
 
   /** @param slots_nbytes   memory to read into; the stream uses as much of it as is a whole number of slots. */
@@ -41,11 +44,21 @@ class HostStream {
     std::vector<uint8_t> head_bytes;
     PayloadView head;
     PanelPieces pieces;
+    int64_t offset = 0;  ///< of the payload in its file
+    std::unique_ptr<VerifiedPayload> verified;
   };
+  /** The layer that is a unit of its own. */
   const Layer& layer(const char* op, int64_t unit) const;
+
+  /** Layers that are read together, as units whose bytes go elsewhere: chunks are compared when they are read. */
+  const std::vector<const Layer*>& group(const char* op, int64_t unit) const;
 
   WeightStream& stream() { return *stream_; }
   int64_t slots_nbytes() const { return slots_.slot_nbytes * slots_.num_slots; }
+  /** Reads everything once, in order, as layers would, and computes nothing. */
+  void read_all();
+
+  uint8_t* slots_data() const { return slots_.data; }
   int64_t slot_nbytes() const { return slots_.slot_nbytes; }
   /** Whether all files are read without the page cache and without having to drop pages from it. */
   bool is_direct() const;
@@ -53,6 +66,7 @@ class HostStream {
  private:
   std::vector<std::unique_ptr<DirectFile>> files_;
   std::vector<std::unique_ptr<Layer>> layers_;
+  std::vector<std::vector<const Layer*>> groups_;  // empty unless payloads are read together
   SlotMemory slots_;
   std::unique_ptr<WeightStream> stream_;
   int64_t handle_ = 0;

@@ -10,6 +10,7 @@ operator                  computes
 ``encode``                the payload of a ``qweight``
 ``decode_out``            a rectangle of ``qweight``, written into ``out``
 ``decode_indexed_``       whole matrices by their seek indices, all in one launch; also on CUDA
+``fetch_``, ``fetched_``  begin and end of the use of a unit that travels to its slot; also on CUDA
 ``quantize_activations``  int8 tokens and their scales, as ``linear`` quantizes them; also on CUDA
 ``dequantize``            ``acc * row_scale * act_scale[:, None] + bias``, the end of ``linear``; also on CUDA
 ``int8_linear``           ``linear`` of plain int8 weights, on CUDA; registered by ``dcext.kernels.int8_gemm``
@@ -31,6 +32,13 @@ cannot be read ``RuntimeError``; the next call tries again.
 damaged (``csrc/codec/seek_decode.h``): it neither waits for the device nor raises. Nothing outside of the outputs is
 written, whatever the bytes. ``int8_linear``, products with plain int8 weights on a GPU, is registered by
 ``dcext.kernels.int8_gemm``, which imports triton.
+
+``fetch_`` and ``fetched_`` take the handle of a ``dcext.runtime.device_stream.DeviceStream``, the number of a unit, and the
+slot where it lies (uint8, at least the unit's bytes), which both are said to mutate, so that compilers keep them in
+order around what reads it. Any other tensor raises ``ValueError``: a copy of a slot never receives the bytes
+(of ``torch.compile``'s backends, ``inductor`` makes none, ``aot_eager`` does). A closed stream raises ``RuntimeError``.
+``fetched_`` may be given a tensor ``after``, which it does not read: what was computed from all that reads the slot, such
+as a layer's output. Compilers that move reads behind ``fetched_`` have to copy the slot, and then fail. Handle 0 is a stream that brings nothing: what lies in the slot stays.
 
 ``round_columns_`` takes its matrices transposed, so that rows of the layer are contiguous: ``weight`` (cols, rows)
 float32; ``target``, the same corrected by the columns behind the block, destroyed; ``feedback`` (cols, cols), whose
@@ -123,6 +131,16 @@ def _(
 
 @torch.library.register_fake("dcext::decode_indexed_")
 def _(payloads: list[Tensor], indices: list[Tensor], outs: list[Tensor], failures: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("dcext::fetch_")
+def _(stream: int, unit: int, slot: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("dcext::fetched_")
+def _(stream: int, unit: int, slot: Tensor, after: Tensor | None = None) -> None:
     return None
 
 

@@ -22,8 +22,8 @@ from dcext.nn.compressed import CompressedModule, storage_form
 from dcext.nn.device import place
 from dcext.quantize.report import CompressionReport
 from dcext.runtime.budget import parse_nbytes
-from dcext.runtime.host_stream import Origin
-from dcext.runtime.offload import load_payload, offload
+from dcext.runtime.offload import offload
+from dcext.runtime.origin import Origin
 
 QUANT_METHOD = "dcext"
 REPORT_NAME = "compression_report.json"
@@ -97,20 +97,25 @@ def from_pretrained(
     *,
     device: torch.device | str = "cpu",
     host_memory: int | str | None = None,
+    device_memory: int | str | None = None,
+    mode: str = "auto",
     page_cache: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Loads a model that ``save_pretrained`` wrote, every byte verified, without ever holding its float weights.
 
     With ``host_memory``, weights that do not fit there stay in the files and are read while the model runs, ahead of
-    their use (``dcext.offload``); they are verified whenever they are used.
+    their use; they are verified whenever they are used. With ``device_memory``, decoder blocks that do not fit on the
+    device wait in host memory and are copied ahead of their use. See ``dcext.offload``.
 
     Args:
         directory: the folder.
         dtype: what to compute in; None for the dtype of the model that was compressed.
         device: where the weights rest, compressed, and the model runs (``dcext.nn.place``).
-        host_memory: bytes for weights, or a size such as ``"4GiB"``; None for as much as they need. On the CPU only.
-        page_cache: with ``host_memory``, whether the system may also keep files in memory that is not counted.
+        host_memory: bytes for weights, or a size such as ``"4GiB"``; None for as much as they need.
+        device_memory: the same on the device.
+        mode: with ``device_memory``, how weights travel: ``"auto"``, ``"device"``, ``"host"`` or ``"raw"``.
+        page_cache: with ``host_memory`` on the CPU, whether the system may also keep files in memory that is not counted.
         progress: called with the number of bytes loaded since the last call.
 
     Returns:
@@ -118,16 +123,12 @@ def from_pretrained(
 
     Raises:
         RuntimeError: as ``dcext.nn.place``.
-        ValueError: ``host_memory`` is too small: by how much; or it is given for another device than the CPU.
+        ValueError: a budget is too small: by how much; or there is one that the device does not have.
         FileNotFoundError: no such folder.
         FormatError: not a dcext checkpoint, or one that is damaged: file and tensor, expected and found.
     """
-    if host_memory is not None:
-        parse_nbytes("host_memory", host_memory)
-        if torch.device(device).type != "cpu":
-            raise ValueError(
-                f"from_pretrained: host_memory: expected None with device {str(device)!r}, got {host_memory!r}"
-            )
+    _check_budgets(torch.device(device), host_memory, device_memory)
+    has_budget = host_memory is not None or device_memory is not None
     reader = CheckpointReader(directory)
     if "config.json" not in reader.file_names:
         raise FormatError(
@@ -144,15 +145,41 @@ def from_pretrained(
         data = reader.read_file("generation_config.json")
         generation_config = parse_json_object(data, "generation_config.json")
     model = _skeleton(directory, model_config, generation_config)
-    loader = _Loader(reader, quantization, progress or (lambda nbytes: None), host_memory is None)
+    loader = _Loader(reader, quantization, progress or (lambda nbytes: None), not has_budget)
     loader.load_into(model)
     forget_ties(model, set(compressed_modules(model)))
     if dtype is not None:
         model.to(dtype)
-    place(model, device)
-    if host_memory is not None:
-        offload(model, host_memory=host_memory, page_cache=page_cache, progress=progress)
+    if not has_budget:
+        place(model, device)
+        return model.eval()
+    offload(
+        model,
+        host_memory=host_memory,
+        device_memory=device_memory,
+        device=device,
+        mode=mode,
+        page_cache=page_cache,
+        progress=progress,
+    )
     return model.eval()
+
+
+def _check_budgets(
+    device: torch.device, host_memory: int | str | None, device_memory: int | str | None
+) -> None:
+    """Before anything is read."""
+    for name, size in (("host_memory", host_memory), ("device_memory", device_memory)):
+        if size is not None:
+            parse_nbytes(name, size)
+    if device.type == "cpu" and device_memory is not None:
+        raise ValueError(
+            f"from_pretrained: device_memory: expected None with device 'cpu', got {device_memory!r}"
+        )
+    if device.type != "cpu" and host_memory is not None and device_memory is None:
+        raise ValueError(
+            f"from_pretrained: device_memory: expected a size beside host_memory with device {str(device)!r}, got None"
+        )
 
 
 def _tied_modules(modules: Mapping[str, CompressedModule]) -> dict[str, str]:
@@ -284,7 +311,7 @@ class _Loader:
     def payload(self, origin: Origin) -> Tensor:
         """A verified payload in weight memory, or where it lies in its file."""
         self.use(origin.name)
-        return load_payload(origin, self.progress) if self.payloads else origin.view()
+        return origin.load(self.progress) if self.payloads else origin.view()
 
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.reader else None

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sanitized
 import torch
 from conftest import ROOT
+from sanitized import SANITIZERS as SANITIZERS
 from torch import Tensor
 
-SANITIZERS = {"thread": "thread", "address": "address,undefined"}
 BUILD = ROOT / "build" / "emulated"
-FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-FLAGS += ["-fno-strict-aliasing", "-fno-sanitize-recover=all", "-pthread"]
 
 
 @dataclass
@@ -36,29 +34,10 @@ class Launch:
     outs: list[Tensor] = field(default_factory=list)
 
 
-def compiler() -> str:
-    found = shutil.which(os.environ.get("CXX", "g++"))
-    if found is None:
-        pytest.skip("requires a C++ compiler")
-    return found
-
-
 def require_sanitizer(sanitizer: str) -> None:
-    """Skips where the compiler or the machine has none: a program of one line tells."""
-    probe = BUILD / f"probe_{sanitizer}"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    command = [
-        compiler(),
-        f"-fsanitize={SANITIZERS[sanitizer]}",
-        "-x",
-        "c++",
-        "-",
-        "-o",
-        str(probe),
-    ]
-    built = subprocess.run(command, input="int main() {}", text=True, capture_output=True)
-    if built.returncode != 0 or subprocess.run([probe], capture_output=True).returncode != 0:
-        pytest.skip(f"requires a compiler and a machine with -fsanitize={SANITIZERS[sanitizer]}")
+    """Skips where the compiler or the machine has none."""
+    if what := sanitized.missing(BUILD, sanitizer):
+        pytest.skip(f"requires {what}")
 
 
 def build(sanitizer: str, changed: Path | None = None) -> Path:
@@ -69,20 +48,9 @@ def build(sanitizer: str, changed: Path | None = None) -> Path:
         changed: a folder whose files replace those of ``csrc``; the program is put there.
     """
     program = (changed or BUILD) / f"decode_indexed_{sanitizer}"
-    emulated, csrc = ROOT / "tests" / "emulated", ROOT / "csrc"
-    sources = [*emulated.iterdir(), *csrc.rglob("*.h"), *csrc.rglob("*.cuh")]
-    newest = max(path.stat().st_mtime for path in sources)
-    if program.exists() and program.stat().st_mtime > newest:
-        return program
-    program.parent.mkdir(parents=True, exist_ok=True)
-    partial = program.with_suffix(".partial")
-    command = [compiler(), *FLAGS, f"-fsanitize={SANITIZERS[sanitizer]}"]
-    command += [f"-I{path}" for path in (changed, emulated, csrc) if path is not None]
-    command.append(str(emulated / "decode_indexed.cpp"))
-    result = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    partial.replace(program)
-    return program
+    emulated = ROOT / "tests" / "emulated"
+    include_dirs = [path for path in (changed, emulated, ROOT / "csrc") if path is not None]
+    return sanitized.build(program, [emulated / "decode_indexed.cpp"], include_dirs, sanitizer)
 
 
 def _numbers(*values: int) -> bytes:

@@ -57,6 +57,21 @@ def smoke(script: str, tmp_path: Path) -> tuple[dict, str]:
     return report, result.stdout
 
 
+def test_link(tmp_path):
+    report, printed = smoke("link.py", tmp_path)
+    assert report["ratio"] > 2
+    assert (tmp_path / "out.png").stat().st_size > 0
+    assert "decoded on the host, ahead" in printed
+
+
+def test_offload(tmp_path):
+    report, _ = smoke("offload.py", tmp_path)
+    for row in report["rows"][:3]:
+        assert row["statistics"]["blocks"] > 0
+        assert row["traveling_nbytes"] > 0
+        assert (tmp_path / row["trace"]).stat().st_size > 0
+
+
 def test_decode(tmp_path):
     report, output = smoke("decode.py", tmp_path)
     single, block = report["rows"]

@@ -146,9 +146,13 @@ def test_a_model_that_is_in_no_file_is_refused():
         dcext.offload(nn.Linear(2, 2), host_memory="1GiB")
 
 
-def test_a_budget_is_for_the_cpu(folders):
-    with pytest.raises(ValueError, match="host_memory: expected None with device 'cuda'"):
+def test_budgets_are_for_the_devices_that_there_are(folders):
+    with pytest.raises(ValueError, match="device_memory: expected a size beside host_memory"):
         dcext.from_pretrained(folders["raw"], device="cuda", host_memory="1GiB")
+    with pytest.raises(ValueError, match="device_memory: expected None with device 'cpu'"):
+        dcext.from_pretrained(folders["raw"], device_memory="1GiB")
+    with pytest.raises(ValueError, match="expected host_memory or device_memory, got neither"):
+        dcext.offload(dcext.from_pretrained(folders["raw"]))
 
 
 @pytest.fixture
@@ -291,6 +295,16 @@ def test_generation_and_the_learnt_order(folders):
     assert after.dropped_nbytes - before.dropped_nbytes < 0.05 * (
         after.used_nbytes - before.used_nbytes
     )
+
+
+def test_reading_without_computing(folders):
+    model = streamed(folders["zstd"])
+    stream = model.dcext_offload.stream
+    assert stream.read_all() > 0
+    statistics = stream.statistics()
+    assert statistics.used_nbytes >= 0.99 * model.dcext_offload.streamed_nbytes
+    expected = logits(dcext.from_pretrained(folders["zstd"]), 2)
+    assert torch.equal(logits(model, 2), expected)
 
 
 def test_compiled_models_stream(folders):

@@ -70,7 +70,7 @@ def bytes_per_s(paths: Sequence[Path], seconds: float) -> float | None:
 def huge_pages(nbytes: int) -> memoryview:
     """Memory that starts at a huge page, and consists of them where the system gives any.
 
-    A disk that filled 4 KiB pages was seen at 1.1 GB/s, and at 3.1 GB/s with these.
+    A disk that fills 4 KiB pages was seen at 1.1 GB/s, and at 3.1 GB/s with these.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory, the default, has none
     memory = mmap.mmap(-1, nbytes + HUGE_PAGE_NBYTES, flags=flags)

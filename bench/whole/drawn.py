@@ -61,6 +61,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "vocab_size": 64,
     },
+    # With more blocks than there are slots to stream them to.
+    "tiniest, 4 blocks": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": 64,
+    },
     "tiny": {
         "hidden_size": 256,
         "intermediate_size": 512,

@@ -18,6 +18,7 @@ const char* to_string(Status status) {
     case Status::kReadError: return "read error";
     case Status::kFileChanged: return "file changed";
     case Status::kClosed: return "closed";
+    case Status::kDeviceError: return "device error";
   }
   return "unknown status";
 }

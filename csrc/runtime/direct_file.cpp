@@ -27,16 +27,17 @@ bool reads_direct(int fd) {
   return pread(fd, page, kPage, 0) >= 0;
 }
 
-// Fills [dst, dst + nbytes) from `offset` on, or as far as the file goes.
-int read_fully(int fd, int64_t offset, int64_t nbytes, uint8_t* dst, int64_t* done) {
+// Fills [dst, dst + nbytes) from `offset` on, as far as the file goes that had `file_nbytes` bytes.
+int read_fully(int fd, int64_t offset, int64_t nbytes, int64_t file_nbytes, uint8_t* dst,
+               int64_t* done) {
   *done = 0;
-  while (*done < nbytes) {
+  while (*done < std::min(nbytes, file_nbytes - offset)) {
     const int64_t want = std::min(nbytes - *done, kMaxRead);
     const ssize_t got = pread(fd, dst + *done, static_cast<size_t>(want), offset + *done);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) return errno;
+    if (got == 0) break;  // the file was cut short
     *done += got;
-    if (got == 0 || *done % kPage != 0) break;  // the end of the file
   }
   return 0;
 }
@@ -91,7 +92,7 @@ Failure DirectFile::read(int64_t offset, int64_t nbytes, uint8_t* dst, const uin
   const int64_t begin = offset / kPage * kPage;
   const int64_t end = static_cast<int64_t>(align_up(static_cast<uint64_t>(offset + nbytes), kPage));
   int64_t done;
-  if (const int error = read_fully(fd_, begin, end - begin, dst, &done); error != 0) {
+  if (const int error = read_fully(fd_, begin, end - begin, nbytes_, dst, &done); error != 0) {
     return read_error(error);
   }
   if (drops_) posix_fadvise(fd_, begin, end - begin, POSIX_FADV_DONTNEED);

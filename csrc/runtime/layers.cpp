@@ -88,6 +88,11 @@ class Pass {
   Pass(const Pass&) = delete;
   Pass& operator=(const Pass&) = delete;
 
+  /** Leaves a panel out. */
+  void skip(int64_t panel) const {
+    if (source_ != nullptr) source_->release(panel);
+  }
+
  private:
   PanelSource* source_;
 };
@@ -231,7 +236,7 @@ Failure run_int8(const LinearCall& call, Executor& executor) {
   FailureSlot failure;
   const Pass pass(call.source);
   executor.run(layout.num_panels(), [&](int64_t index, int) {
-    if (failure.before(index * layout.num_slabs())) return;
+    if (failure.before(index * layout.num_slabs())) return pass.skip(index);
     int64_t rows;
     int32_t* acc;
     const Failure bad = multiply_panel(call, kernels, index, tokens, &rows, &acc);
@@ -258,7 +263,7 @@ Failure run_weight_only(const LinearCall& call, Executor& executor) {
   const Pass pass(call.source);
   executor.run(layout.num_panels(), [&](int64_t index, int) {
     thread_local Scratch row_scratch;
-    if (failure.before(index * layout.num_slabs())) return;
+    if (failure.before(index * layout.num_slabs())) return pass.skip(index);
     const HeldPanel held(*call.weight, call.source, index);
     WeightPanel panel;
     if (const Failure bad = load_panel(held, &panel); !bad.ok()) return failure.record(bad);
@@ -309,7 +314,7 @@ Failure run_embedding(const EmbeddingCall& call, Executor& executor) {
   const Pass pass(call.source, panels);
   executor.run(static_cast<int64_t>(panels.size()), [&](int64_t run, int) {
     const int64_t index = panels[run];
-    if (failure.before(index * layout.num_slabs())) return;
+    if (failure.before(index * layout.num_slabs())) return pass.skip(index);
     const HeldPanel held(*call.weight, call.source, index);
     WeightPanel panel;
     if (const Failure bad = load_panel(held, &panel); !bad.ok()) return failure.record(bad);

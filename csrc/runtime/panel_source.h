@@ -22,7 +22,8 @@ class PanelSource {
    *  @return kOk, or why they never will be. */
   virtual Failure acquire(int64_t panel, PayloadView* view) = 0;
 
-  /** After each successful acquire: the panel is not read any more in this pass. */
+  /** After each successful acquire: the panel is not read any more in this pass. Instead of an acquire: it never is.
+   *  Whoever leaves panels out must say so, since what they share a piece with would stay held for others to wait for. */
   virtual void release(int64_t panel) = 0;
 
   /** After a pass, complete or not. */

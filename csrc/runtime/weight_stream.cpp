@@ -7,8 +7,6 @@
 namespace dcext {
 namespace {
 
-constexpr int64_t kAny = -2;  // in place of the unit before the last
-
 enum class State { kUnread, kReading, kReady, kHeld, kFailed, kReleased };
 
 int64_t now_ns() {
@@ -25,9 +23,14 @@ class WeightStream::Use {
   struct Part {
     Piece piece;
     State state = State::kUnread;
+    int waiters = 0;
     int64_t slot = -1;
     const uint8_t* data = nullptr;
     Failure failure;
+
+    bool is_over() const {
+      return state == State::kReady || state == State::kHeld || state == State::kFailed;
+    }
   };
 
   explicit Use(int64_t the_unit) : unit(the_unit) {}
@@ -44,23 +47,43 @@ class WeightStream::Use {
     return std::any_of(parts.begin(), parts.begin() + static_cast<int64_t>(next_unread),
                        [](const Part& part) { return part.slot >= 0; });
   }
+  // -1: there is none.
+  int64_t first_waited() const {
+    for (size_t i = next_unread; i < parts.size(); ++i) {
+      if (parts[i].state == State::kUnread && parts[i].waiters != 0) return static_cast<int64_t>(i);
+    }
+    return -1;
+  }
+  // Of those that may be taken back: who waited for the others is about to hold them.
   Part* last_ready() {
-    const auto found = std::find_if(parts.rbegin(), parts.rend(),
-                                    [](const Part& part) { return part.state == State::kReady; });
+    const auto found = std::find_if(parts.rbegin(), parts.rend(), [](const Part& part) {
+      return part.state == State::kReady && part.waiters == 0;
+    });
     return found == parts.rend() ? nullptr : &*found;
+  }
+  // Whether no slot comes back from it, nor is about to, unless someone waits for its parts.
+  bool is_idle() const {
+    return std::none_of(parts.begin(), parts.end(), [](const Part& part) {
+      return part.state == State::kReading || part.state == State::kHeld ||
+             (part.state == State::kReady && part.waiters != 0);
+    });
   }
 };
 
 // What a thread used last and is expected to use next.
 struct WeightStream::Order {
-  int64_t before = -1, last = -1;
+  LearntOrder::Position position;
   std::deque<UsePtr> expected;
   int64_t touched = 0;
 };
 
 WeightStream::WeightStream(std::vector<std::vector<Piece>> units, SlotMemory slots,
                            ReadThreads& threads)
-    : units_(std::move(units)), slots_(slots), threads_(threads), owner_(getpid()) {
+    : units_(std::move(units)),
+      slots_(slots),
+      threads_(threads),
+      owner_(getpid()),
+      learnt_(num_units()) {
   for (int64_t slot = slots_.num_slots; slot-- > 0;) free_slots_.push_back(slot);
   threads_.attach(this);
 }
@@ -97,7 +120,7 @@ WeightStream::UsePtr WeightStream::begin(int64_t unit) {
       }
     }
     if (use == nullptr) use = make_use(unit);
-    learn(order, unit);
+    learnt_.learn(&order.position, unit);
     active_.push_back(use);
     expect_more(order);
     drop_idle_orders();
@@ -127,39 +150,21 @@ WeightStream::Order& WeightStream::order_of_this_thread() {
   return order;
 }
 
-void WeightStream::learn(Order& order, int64_t unit) {
-  if (order.last >= 0) {
-    learnt_[{order.before, order.last}] = unit;
-    learnt_[{kAny, order.last}] = unit;
-  }
-  order.before = order.last;
-  order.last = unit;
-}
-
-int64_t WeightStream::expected_after(int64_t before, int64_t unit) const {
-  for (const int64_t context : {before, kAny}) {
-    const auto found = learnt_.find({context, unit});
-    if (found != learnt_.end()) return found->second;
-  }
-  return (unit + 1) % num_units();
-}
-
 // Expects as much as all slots hold; pieces get slots one by one, so that more would never be read ahead.
 void WeightStream::expect_more(Order& order) {
   if (closed_) return;
-  int64_t before = order.before, last = order.last, pieces = 0;
+  LearntOrder::Position position = order.position;
+  int64_t pieces = 0;
   for (const UsePtr& use : order.expected) {
-    before = last;
-    last = use->unit;
+    position = position.after(use->unit);
     pieces += static_cast<int64_t>(use->parts.size());
   }
   // A unit without pieces would go on for ever.
   for (int64_t i = 0; pieces < slots_.num_slots && i < num_units(); ++i) {
-    const int64_t next = expected_after(before, last);
+    const int64_t next = learnt_.expected_after(position);
     order.expected.push_back(make_use(next));
     pieces += static_cast<int64_t>(units_[next].size());
-    before = last;
-    last = next;
+    position = position.after(next);
   }
 }
 
@@ -195,16 +200,17 @@ void WeightStream::free_slot(int64_t slot) { free_slots_.push_back(slot); }
 Failure WeightStream::wait(Use& use, int64_t index, const uint8_t** data) {
   std::unique_lock<std::mutex> lock(mutex_);
   Use::Part& part = use.parts[index];
-  const auto is_over = [&] {
-    return closed_ || part.state == State::kReady || part.state == State::kHeld ||
-           part.state == State::kFailed;
-  };
+  const auto is_over = [&] { return closed_ || part.is_over(); };
   ++statistics_.pieces;
   if (!is_over()) {
     ++statistics_.stalls;
     count_time(&statistics_.stall_ns, waiters_, waiters_ + 1, &waiting_since_);
     ++waiters_;
+    ++part.waiters;
+    // It may now take a slot that it could not take before. No one who has the threads' mutex asks for this one.
+    if (part.state == State::kUnread) threads_.wake(this);
     use.changed.wait(lock, is_over);
+    --part.waiters;
     count_time(&statistics_.stall_ns, waiters_, waiters_ - 1, &waiting_since_);
     --waiters_;
   }
@@ -213,6 +219,11 @@ Failure WeightStream::wait(Use& use, int64_t index, const uint8_t** data) {
   part.state = State::kHeld;
   *data = part.data;
   return {};
+}
+
+bool WeightStream::is_over(const Use& use, int64_t index) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return closed_ || use.parts[index].is_over();
 }
 
 void WeightStream::release(Use& use, int64_t index) {
@@ -303,22 +314,34 @@ bool WeightStream::take_from_expected() {
   return victim != nullptr && take_back(*victim);
 }
 
-// The next read: for a user, in turns; else for what is expected, in turns.
+// Makes a slot free that no user will give back by itself: from the use that was read for last. Without this, users
+// stop for ever when all slots are full for one who has begun and, before it waits, queues for what they work with; or
+// with pieces that nobody will wait for since their pass has failed.
+bool WeightStream::take_from_idle() {
+  return std::any_of(active_.rbegin(), active_.rend(),
+                     [&](const UsePtr& use) { return use->is_idle() && take_back(*use); });
+}
+
+bool WeightStream::make_room(Use& use, bool waited) {
+  // What is read may lie before other pieces of the same use that are there: those give way too.
+  if (!use.holds_earlier_slot() && (take_from_expected() || take_back(use))) return true;
+  return waited && take_from_idle();
+}
+
+// The next read: for a user who waits, in turns; for one who has begun, in turns; else for what is expected, in turns.
 bool WeightStream::pick(UsePtr* use, int64_t* index) {
   if (closed_) return false;
-  for (size_t i = 0; i < active_.size(); ++i) {
-    UsePtr candidate = active_[i];
-    if (candidate->all_read()) continue;
-    // A piece that is waited for may lie before others of the same use that are there: those give way too.
-    if (free_slots_.empty() &&
-        (candidate->holds_earlier_slot() || !(take_from_expected() || take_back(*candidate)))) {
-      continue;
+  for (const bool waited : {true, false}) {
+    for (size_t i = 0; i < active_.size(); ++i) {
+      UsePtr candidate = active_[i];
+      if (candidate->all_read()) continue;
+      *index = waited ? candidate->first_waited() : static_cast<int64_t>(candidate->next_unread);
+      if (*index < 0 || (free_slots_.empty() && !make_room(*candidate, waited))) continue;
+      active_.erase(active_.begin() + static_cast<int64_t>(i));
+      active_.push_back(candidate);
+      *use = std::move(candidate);
+      return true;
     }
-    active_.erase(active_.begin() + static_cast<int64_t>(i));
-    active_.push_back(candidate);
-    *index = static_cast<int64_t>(candidate->next_unread);
-    *use = std::move(candidate);
-    return true;
   }
   return !free_slots_.empty() && pick_expected(use, index);
 }

@@ -2,7 +2,6 @@
 
 #include <sys/types.h>
 
-#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -12,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/learnt_order.h"
 #include "runtime/read_source.h"
 #include "runtime/read_threads.h"
 
@@ -64,7 +64,8 @@ class WeightStream final : public ReadThreads::Client {
   ~WeightStream() override;
 
   /** Begins to use all pieces of a unit, in order: each must be waited for in an order close to that, since later ones
-   *  may get a slot only when earlier ones are released. */
+   *  may get a slot only when earlier ones are released. Who holds a piece must release it without waiting for another;
+   *  one that is there and that nobody waits for may go again, for whoever waits. */
   std::shared_ptr<Use> begin(int64_t unit);
 
   /** The same for some of its pieces, ascending, as look-ups need them; the order of units is not touched. */
@@ -74,6 +75,9 @@ class WeightStream final : public ReadThreads::Client {
    *  @param data   receives where it lies, until it is released.
    *  @return kOk, what the read returned, or kClosed. */
   Failure wait(Use& use, int64_t index, const uint8_t** data);
+
+  /** Whether `wait` for the piece would return at once. Who holds slots and cannot release them soon waits for no other. */
+  bool is_over(const Use& use, int64_t index) const;
 
   /** Gives the slot of a piece back. It must have been waited for successfully. */
   void release(Use& use, int64_t index);
@@ -87,6 +91,7 @@ class WeightStream final : public ReadThreads::Client {
   /** False in a child of the process that made the stream, where there are no threads to read: use nothing then. */
   bool is_usable() const;
 
+  const std::vector<Piece>& pieces(int64_t unit) const { return units_[unit]; }
   int64_t num_units() const { return static_cast<int64_t>(units_.size()); }
   StreamStatistics statistics() const;
 
@@ -98,8 +103,6 @@ class WeightStream final : public ReadThreads::Client {
 
   UsePtr make_use(int64_t unit) const;
   Order& order_of_this_thread();
-  void learn(Order& order, int64_t unit);
-  int64_t expected_after(int64_t before, int64_t unit) const;
   void expect_more(Order& order);
   void drop(const UsePtr& use);
   void drop_idle_orders();
@@ -108,6 +111,8 @@ class WeightStream final : public ReadThreads::Client {
   bool pick_expected(UsePtr* use, int64_t* index);
   bool take_back(Use& use);
   bool take_from_expected();
+  bool take_from_idle();
+  bool make_room(Use& use, bool waited);
   bool has_work() const;
   void count_time(int64_t* total, int before, int after, int64_t* since);
 
@@ -120,8 +125,8 @@ class WeightStream final : public ReadThreads::Client {
   std::vector<int64_t> free_slots_;
   std::deque<UsePtr> active_;  // the front one's turn is next
   std::map<std::thread::id, Order> orders_;
-  std::map<std::array<int64_t, 2>, int64_t> learnt_;  // what followed two units
-  int64_t clock_ = 0;                                 // uses begun, by which idle orders are told
+  LearntOrder learnt_;
+  int64_t clock_ = 0;  // uses begun, by which idle orders are told
   int readers_ = 0, waiters_ = 0;
   int64_t reading_since_ = 0, waiting_since_ = 0;
   bool closed_ = false;

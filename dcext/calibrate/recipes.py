@@ -12,7 +12,7 @@ from torch import Tensor
 from dcext.calibrate.sensitivity import Sensitivity
 from dcext.codec import encode, entropy, payload_info
 from dcext.config import CompressionConfig
-from dcext.nn.compressed import storage_form, to_weight_memory
+from dcext.nn.compressed import storage_form
 from dcext.quantize.control import RateController
 from dcext.quantize.cost import cost_model
 from dcext.quantize.data_free import round_data_free
@@ -29,6 +29,7 @@ from dcext.quantize.rate import (
 from dcext.quantize.report import LayerReport
 from dcext.quantize.rounding import quantize_absmax
 from dcext.quantize.statistics import InputStatistics
+from dcext.runtime.origin import to_weight_memory
 
 
 @dataclass

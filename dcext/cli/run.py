@@ -25,6 +25,20 @@ HostMemoryOption = Annotated[
         metavar="SIZE",
     ),
 ]
+DeviceMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="With a GPU: its memory for weights, such as 8GiB; decoder blocks that do not fit are copied to it while the "
+        "model runs.",
+        metavar="SIZE",
+    ),
+]
+ModeOption = Annotated[
+    str,
+    typer.Option(
+        help="With --device-memory, how weights travel: device (decoded there), host (decoded on the way), raw, auto."
+    ),
+]
 PageCacheOption = Annotated[
     bool,
     typer.Option(
@@ -42,6 +56,8 @@ def evaluate(
     ] = None,
     device: DeviceOption = "cpu",
     host_memory: HostMemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
+    mode: ModeOption = "auto",
     page_cache: PageCacheOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -53,7 +69,14 @@ def evaluate(
     from dcext.runtime.offload import offload_of
 
     content = text.read_text(encoding="utf-8")
-    model, tokenizer = _load(folder, device, host_memory, page_cache)
+    model, tokenizer = _load(
+        folder,
+        device=device,
+        host_memory=host_memory,
+        device_memory=device_memory,
+        mode=mode,
+        page_cache=page_cache,
+    )
     # Enough text for max_tokens, whatever the tokenizer: a token has at least one byte.
     limit = None if max_tokens is None else 16 * max_tokens + 1024
     ids = torch.tensor(tokenizer(content[:limit], verbose=False).input_ids)[:max_tokens].to(device)
@@ -89,6 +112,8 @@ def generate(
     ] = False,
     device: DeviceOption = "cpu",
     host_memory: HostMemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
+    mode: ModeOption = "auto",
     page_cache: PageCacheOption = False,
     statistics: Annotated[
         bool, typer.Option(help="Print where the weights were and what streaming them took.")
@@ -101,7 +126,14 @@ def generate(
     from dcext.nn.device import raise_if_damaged
     from dcext.runtime.offload import offload_of
 
-    model, tokenizer = _load(folder, device, host_memory, page_cache)
+    model, tokenizer = _load(
+        folder,
+        device=device,
+        host_memory=host_memory,
+        device_memory=device_memory,
+        mode=mode,
+        page_cache=page_cache,
+    )
     if chat:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -123,17 +155,11 @@ def generate(
         print(text, file=sys.stderr)
 
 
-def _load(folder: str, device: str, host_memory: str | None, page_cache: bool) -> tuple[Any, Any]:
+def _load(folder: str, **options: Any) -> tuple[Any, Any]:
     import dcext
     from dcext.format import CheckpointReader
     from dcext.hub import load_tokenizer
 
     with byte_progress("loading", CheckpointReader(folder).tensor_nbytes) as advance:
-        model = dcext.from_pretrained(
-            folder,
-            device=device,
-            host_memory=host_memory,
-            page_cache=page_cache,
-            progress=advance,
-        )
+        model = dcext.from_pretrained(folder, progress=advance, **options)
     return model, load_tokenizer(folder)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dcext import _C
 from dcext.codec import decode, payload_info, verify_payload
 from dcext.errors import FormatError
 from dcext.nn.device import IndexedWeight, Resting, made_once, rest_on
-from dcext.runtime.host_stream import Origin, StreamedWeight
+from dcext.runtime.host_stream import StreamedWeight
+from dcext.runtime.origin import Origin, to_weight_memory
 
-HUGE_PAGE_NBYTES = 2 << 20
+if TYPE_CHECKING:
+    from dcext.kernels.packed_weight import PackedWeight
+    from dcext.runtime.traveling import TravelingBlock
+
 _CPU = torch.device("cpu")
-
-
-def to_weight_memory(payload: Tensor) -> Tensor:
-    """A copy of a payload in memory of its own, in huge pages where the system gives them and it fills one."""
-    if payload.numel() < HUGE_PAGE_NBYTES:
-        return payload.clone()
-    return _C.empty_weights(payload.numel()).copy_(payload)
 
 
 def storage_form(scale: Tensor) -> Tensor:
@@ -110,6 +106,21 @@ class CompressedModule(Resting):
         self.resting = weight
         self._is_in_file = True
 
+    def travel(self, weight: IndexedWeight | PackedWeight, block: TravelingBlock) -> None:
+        """Leaves the weights elsewhere: ``block`` brings them to ``weight`` on a device whenever it is called."""
+        assert self.origin is not None
+        self.payload = self.origin.view()
+        self.resting = weight
+        self.travels_with = block
+        self._is_in_file = True
+
+    def move_all_but_payload(self, device: torch.device) -> None:
+        """Moves scales and the like; modules that share one still do."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None and name != "payload" and buffer.device != device:
+                moved = made_once(buffer, device, lambda buffer=buffer: buffer.to(device))  # type: ignore[misc]
+                self._buffers[name] = moved
+
     def rest_in_memory(self, payload: Tensor) -> None:
         """Takes over a payload that is equal to the module's."""
         self._leave_device()
@@ -145,7 +156,7 @@ class CompressedModule(Resting):
 
     def qweight(self) -> Tensor:
         """Decodes the weights: ``(out_features, in_features)`` int8, where the module is."""
-        if isinstance(self.resting, IndexedWeight):
+        if isinstance(self.resting, IndexedWeight) and not self.is_in_file:
             return self.resting.qweight()
         return decode(self.payload.cpu()).to(self.row_scale.device)
 
@@ -176,8 +187,14 @@ class CompressedModule(Resting):
             self.payload = fn(payload)
         return self
 
+    def _payload_in_memory(self) -> Tensor:
+        """A verified copy of a payload that is in a file; modules that share it get the same."""
+        if self.origin is None:
+            return self.payload
+        return made_once(self.payload, _CPU, self.origin.load)
+
     def _move_payload(self, device: torch.device) -> None:
-        payload = self.payload
+        payload = self._payload_in_memory() if self.is_in_file else self.payload
         self._leave_device()
         if device.type == "meta":
             self.payload = payload.to(device)
@@ -195,17 +212,16 @@ class CompressedModule(Resting):
 
     def _leave_device(self) -> None:
         self.resting = None
+        self.travels_with = None
         self._is_in_file = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles rest in memory and know of no file; modules that share a payload still do.
         state = self.__dict__.copy()
         if self._is_in_file:
-            payload = self.payload
-            verify_payload(payload)
-            own = made_once(payload, _CPU, lambda: to_weight_memory(payload))
+            own = self._payload_in_memory()
             state["_buffers"] = {**self._buffers, "payload": own}
-            state |= {"resting": None, "_is_in_file": False}
+            state |= {"resting": None, "travels_with": None, "_is_in_file": False}
         state["origin"] = None
         return state
 
@@ -246,5 +262,6 @@ class CompressedModule(Resting):
     def extra_repr(self) -> str:
         """Shape, codec, size and where the weights rest."""
         place = "disk" if self.is_in_file else self.payload.device.type
+        place = "host" if self.travels_with is not None else place
         tier = f"{place}/{self.codec}"
         return f"{self.bits_per_weight:.2f} bits/weight, ratio={self.ratio:.2f}, tier={tier}, dtype={self.dtype}"

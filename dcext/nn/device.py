@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 import weakref
@@ -18,6 +19,7 @@ from dcext.errors import FormatError
 if TYPE_CHECKING:
     from dcext.kernels.packed_weight import PackedWeight
     from dcext.runtime.host_stream import StreamedWeight
+    from dcext.runtime.traveling import TravelingBlock
 
 Made = TypeVar("Made")
 
@@ -84,6 +86,25 @@ class IndexedWeight:
             begin = info["chunks"][0]["offset"]
             rows, cols = self.shape
             self.view = self.payload[begin : begin + rows * cols].view(torch.int8).view(rows, cols)
+
+    @classmethod
+    def dense(cls, matrix: Tensor, device: torch.device | str) -> IndexedWeight:
+        """Weights that lie as they are multiplied: ``(out_features, in_features)`` int8 on the device, not copied."""
+        weight = cls.__new__(cls)
+        weight.shape = (matrix.shape[0], matrix.shape[1])
+        weight.codec = "raw"
+        weight.payload = matrix.reshape(-1).view(torch.uint8)
+        weight.index = None
+        weight.view = matrix
+        weight.failures = torch.zeros(1, dtype=torch.int32, device=device)
+        return weight
+
+    def moved(self, payload: Tensor, index: Tensor, device: torch.device | str) -> IndexedWeight:
+        """The same weight where payload and index lie elsewhere, not copied."""
+        weight = copy.copy(self)
+        weight.payload, weight.index = payload, index
+        weight.failures = torch.zeros(1, dtype=torch.int32, device=device)
+        return weight
 
     @property
     def nbytes(self) -> int:
@@ -184,11 +205,13 @@ class Resting(nn.Module):
         shape: ``(out_features, in_features)``.
         resting: None in the memory of the CPU, where layers read the payload itself.
         decoded: the int8 matrix while a block's weights are decoded together (``batch_decodes``), else None.
+        travels_with: the block that brings ``resting`` to the device when it is called, or None.
     """
 
     shape: tuple[int, int]
     resting: IndexedWeight | PackedWeight | StreamedWeight | None = None
     decoded: Tensor | None = None
+    travels_with: TravelingBlock | None = None
 
 
 _BATCHED = "_dcext_decodes_together"
@@ -239,9 +262,14 @@ def place(model: nn.Module, device: torch.device | str) -> None:
     model.to(device)
     if device.type == "cpu":
         return
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    for block in max(lists, key=_num_compressed_weights, default=[]):
+    for block in decoder_blocks(model):
         batch_decodes(block)
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The elements of the ``nn.ModuleList`` that holds most compressed weights."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=_num_compressed_weights, default=[]))
 
 
 def _num_compressed_weights(module: nn.Module) -> int:

@@ -197,6 +197,12 @@ class DCLinear(CompressedModule):
         if isinstance(weight, StreamedWeight):
             y = _linear_streamed(x, weight.handle, weight.unit, *scales, self.activations)
             return _plus_outliers(y, x, index, columns)
+        block = self.travels_with
+        if block is not None and self.decoded is None and not block.in_use:
+            raise RuntimeError(
+                "DCLinear: expected a call of its decoder block, which brings the weights to the device (dcext.offload), "
+                "got a call of the layer alone"
+            )
         from dcext.kernels.int8_gemm import int8_linear  # imports triton
         from dcext.kernels.packed import packed_linear
 

@@ -174,7 +174,7 @@ class _Search:
         budget_of_work = PAIRS // max(things * options, 1)
         now = self.problem.seconds(choice)
         for _ in range(max(1, min(budget_of_work, 4 * things))):
-            best = (now * (1 - IMPROVES), None)
+            best_seconds, best = now * (1 - IMPROVES), choice
             for thing, option in np.argwhere(self.exists):
                 if option == choice[thing]:
                     continue
@@ -187,11 +187,11 @@ class _Search:
                 seconds[thing] = np.inf
                 seconds = np.where((memory <= self.problem.budget).all(axis=2), seconds, np.inf)
                 place = int(seconds.argmin())
-                if seconds.flat[place] < best[0]:
+                if seconds.flat[place] < best_seconds:
                     second, move = np.unravel_index(place, seconds.shape)
                     other[second] = move
-                    best = (float(seconds.flat[place]), other)
-            if best[1] is None:
+                    best_seconds, best = float(seconds.flat[place]), other
+            if best is choice:
                 return choice
-            now, choice = best
+            now, choice = best_seconds, best
         return choice

@@ -1,1 +1,1 @@
-"""Weights that travel while a model runs: from files and host memory to where they are multiplied."""
+"""Weights that rest elsewhere than where they are used, and how they travel."""

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
-
 from dcext import _C
-from dcext.format import CheckpointReader
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a payload comes from: a tensor of a checkpoint."""
-
-    reader: CheckpointReader
-    name: str
-
-    def view(self) -> Tensor:
-        """Its bytes as mapped memory, not verified: pages that the system reads when they are touched, and may drop."""
-        return self.reader.get(self.name)
+from dcext.runtime.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -80,13 +67,20 @@ class HostStream:
     """Reads payloads into memory of fixed size, a few huge pages each, in the order in which layers use them."""
 
     def __init__(
-        self, origins: Mapping[str, Origin], slots_nbytes: int, *, page_cache: bool = False
+        self,
+        origins: Mapping[str, Origin],
+        slots_nbytes: int,
+        *,
+        page_cache: bool = False,
+        units: Sequence[int] | None = None,
     ) -> None:
         """Opens the files.
 
         Args:
             origins: of each layer's payload, by the layer's name, in the order in which layers are used at first.
             slots_nbytes: memory to read into.
+            units: the unit of each payload, ascending from 0, where several are read together and travel to a device; None
+                for layers that run on the CPU.
             page_cache: whether the system may keep what was read in memory that is not counted here.
 
         Raises:
@@ -96,29 +90,42 @@ class HostStream:
         """
         paths: dict[str, int] = {}
         payloads = []
-        for name, origin in origins.items():
+        numbers = [-1] * len(origins) if units is None else units
+        for (name, origin), unit in zip(origins.items(), numbers, strict=True):
             info = origin.reader.info(origin.name)
             path = str(origin.reader.directory / info.file)
             file = paths.setdefault(path, len(paths))
-            payloads.append((name, file, info.offset, origin.view()))
+            payloads.append((name, file, info.offset, origin.view(), unit))
         self._page_cache = page_cache
-        self._stream = _C.HostStream(list(paths), payloads, slots_nbytes, page_cache)
-        self.handle: int = self._stream.handle
+        self.native = _C.HostStream(list(paths), payloads, slots_nbytes, page_cache)
+        self.handle: int = self.native.handle
         self.names: Sequence[str] = tuple(origins)
-        self.slots_nbytes: int = self._stream.slots_nbytes
+        self.slots_nbytes: int = self.native.slots_nbytes
 
     def statistics(self) -> StreamStatistics:
         """What was done so far."""
-        dropped = "bypassed" if self._stream.is_direct else "dropped"
+        dropped = "bypassed" if self.native.is_direct else "dropped"
         return StreamStatistics(
-            **self._stream.statistics(),
+            **self.native.statistics(),
             slots_nbytes=self.slots_nbytes,
             page_cache="used" if self._page_cache else dropped,
         )
 
+    def read_all(self) -> float:
+        """Reads all layers once and computes nothing: what streaming can reach at best, with the same reads.
+
+        Returns:
+            Bytes per second.
+        """
+        before = self.native.statistics()["used_nbytes"]
+        begin = time.perf_counter()
+        self.native.read_all()
+        seconds = time.perf_counter() - begin
+        return (self.native.statistics()["used_nbytes"] - before) / seconds
+
     def close(self) -> None:
         """Drops what was read ahead. Layers that run, or are called later, raise ``RuntimeError``."""
-        self._stream.close()
+        self.native.close()
 
 
 class StreamedWeight:

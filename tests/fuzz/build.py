@@ -12,8 +12,6 @@ Environment:
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "third_party"))
+sys.path[:0] = [str(ROOT / "third_party"), str(ROOT / "tests")]
+
+from sanitized import compile_one, compiler, link, num_jobs  # noqa: E402  (tests/sanitized.py)
 
 import fetch  # noqa: E402  (third_party/fetch.py)
 
@@ -43,10 +43,6 @@ OTHERS = [
     "base/cpu_features",
     "base/status",
 ]
-
-
-def compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "c++"))
 
 
 def missing_tools() -> str | None:
@@ -73,28 +69,10 @@ def missing_tools() -> str | None:
     return None
 
 
-def is_current(target: Path, source: Path) -> bool:
-    """Whether an object is newer than all it was compiled from, which the compiler has listed beside it."""
-    listed = target.with_suffix(".d")
-    if not (target.exists() and listed.exists()):
-        return False
-    files = listed.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    newest = [Path(name) for name in [*files, __file__]]
-    return source in newest and all(
-        p.exists() and p.stat().st_mtime < target.stat().st_mtime for p in newest
-    )
-
-
-def compile_one(source: Path, extra: list[str]) -> Path:
-    target = OUT / f"{source.stem}.o"
-    if not is_current(target, source):
-        include_dirs = [ROOT / "csrc", source.parent, fetch.zstd_lib_dir(), fetch.xxhash_dir()]
-        includes = [f"-I{path}" for path in include_dirs]
-        partial = target.with_suffix(".partial")
-        command = [*compiler(), *FLAGS, *extra, *includes, "-MMD", "-MF", target.with_suffix(".d")]
-        subprocess.run([*command, "-c", source, "-o", partial], check=True)
-        partial.rename(target)
-    return target
+def compile_source(source: Path, extra: list[str]) -> Path:
+    include_dirs = [ROOT / "csrc", source.parent, fetch.zstd_lib_dir(), fetch.xxhash_dir()]
+    command = [*compiler(), *FLAGS, *extra, *(f"-I{path}" for path in include_dirs)]
+    return compile_one(source, OUT / f"{source.stem}.o", command, Path(__file__))
 
 
 def build() -> Path:
@@ -106,17 +84,11 @@ def build() -> Path:
     ]
     sources += [(ROOT / "csrc" / f"{name}.cpp", []) for name in OTHERS]
     sources += [(path, []) for path in sorted(Path(__file__).parent.glob("*.cpp"))]
-    jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(lambda item: compile_one(*item), sources))
-    inputs = [*objects, *third_party]
-    if not PROGRAM.exists() or any(
-        path.stat().st_mtime > PROGRAM.stat().st_mtime for path in inputs
-    ):
-        # libzstd's assembly does not say that it needs no executable stack
-        command = [*compiler(), *SANITIZE, *inputs, "-pthread", "-Wl,-z,noexecstack"]
-        subprocess.run([*command, "-o", PROGRAM], check=True)
-    return PROGRAM
+    with ThreadPoolExecutor(num_jobs()) as pool:
+        objects = list(pool.map(lambda item: compile_source(*item), sources))
+    # libzstd's assembly does not say that it needs no executable stack
+    command = [*compiler(), *SANITIZE, "-pthread", "-Wl,-z,noexecstack"]
+    return link(PROGRAM, [*objects, *third_party], command)
 
 
 if __name__ == "__main__":

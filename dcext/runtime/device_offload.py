@@ -1,0 +1,265 @@
+"""Models that are larger than a device: some decoder blocks rest there, the others travel there when they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dcext.codec import payload_info
+from dcext.nn.compressed import CompressedModule
+from dcext.nn.device import batch_decodes, decoder_blocks
+from dcext.nn.embedding import DCEmbedding
+from dcext.runtime.budget import format_nbytes
+from dcext.runtime.device_stream import READS_NBYTES, DeviceStream
+from dcext.runtime.traveling import MODES, Part, TravelingBlock
+
+# Host memory to read into, as in dcext.runtime.offload: so much, or a part of the budget where that is less.
+LEAST_READS_NBYTES, READS_SHARE = 8 << 20, 4
+SLOTS = 2  # one is filled while the other is used
+# Of a seek index, 448 bytes for each zstd block, which decodes to 128 KiB or, with pairs of weights, to 256.
+_INDEX_SHARE = 448 / (128 << 10)
+_TILE_NBYTES = 40 * (1 + 1 / 4)  # of a packed weight's index, for each 16 rows of a panel
+_EXCEPTION_NBYTES, _ROW_NBYTES = 6, 4
+_PART_NBYTES = 256  # alignment
+
+
+@dataclass(frozen=True)
+class DeviceBlock:
+    """A decoder block, and what it takes.
+
+    Attributes:
+        name: in the model.
+        module: the block.
+        layers: its compressed layers.
+        device_nbytes: on the device while it rests or travels; an upper bound.
+        host_nbytes: in host memory if it travels from there.
+        index_nbytes: in host memory if it travels from disk.
+        decoded_nbytes: of matrices that are decoded when it is called.
+    """
+
+    name: str
+    module: nn.Module
+    layers: list[CompressedModule]
+    device_nbytes: int
+    host_nbytes: int
+    index_nbytes: int
+    decoded_nbytes: int
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """Which blocks rest on the device and which travel.
+
+    Attributes:
+        resting, traveling: the blocks, in order.
+        from_disk: those of ``traveling`` that stay in their files.
+        reads_nbytes: host memory that they are read into.
+        slot_nbytes: of the largest that travels.
+        device_nbytes: weights and slots on the device, and room to decode.
+        host_nbytes: weights in host memory.
+    """
+
+    resting: list[DeviceBlock]
+    traveling: list[DeviceBlock]
+    from_disk: list[DeviceBlock]
+    reads_nbytes: int
+    slot_nbytes: int
+    device_nbytes: int
+    host_nbytes: int
+
+
+def plan_device(
+    model: nn.Module, mode: str, device_budget: int, host_budget: int | None
+) -> DevicePlan:
+    """Fits a model into budgets: as many blocks rest on the device as fit there, evenly spread.
+
+    Everything outside of blocks rests on the device. Traveling blocks wait in host memory, as far as that is enough; the
+    others stay on disk, but for their indices.
+
+    Raises:
+        ValueError: a budget is too small: by how much; the mode is unknown; the model has no decoder blocks.
+    """
+    if mode not in MODES:
+        raise ValueError(f"offload: mode: expected one of {MODES}, got {mode!r}")
+    blocks = [_describe(name, module, mode) for name, module in _named_blocks(model)]
+    if not blocks:
+        raise ValueError(
+            "offload: model: expected decoder blocks with compressed layers, found none"
+        )
+    inside = {id(module) for block in blocks for module in block.module.modules()}
+    base, decoded = _outside_nbytes(model, inside)
+    decoded = max([decoded, *(block.decoded_nbytes for block in blocks)])
+    slot_nbytes = max(block.device_nbytes for block in blocks)
+    total = sum(block.device_nbytes for block in blocks)
+    resting, traveling = blocks, []
+    if base + decoded + total > device_budget:
+        room = device_budget - base - decoded - SLOTS * slot_nbytes
+        if room < 0:
+            least = base + decoded + SLOTS * slot_nbytes
+            raise ValueError(
+                f"device_memory: expected at least {least} bytes ({format_nbytes(least)}): {format_nbytes(base)} outside of "
+                f"blocks, {format_nbytes(decoded)} to decode into, {SLOTS} slots of {format_nbytes(slot_nbytes)}; "
+                f"got {device_budget}"
+            )
+        resting = _spread(blocks, room, lambda block: block.device_nbytes)
+        traveling = [block for block in blocks if block not in resting]
+        slot_nbytes = max(block.device_nbytes for block in traveling)
+    from_disk, reads_nbytes, host = _fit_host(traveling, mode, host_budget)
+    on_device = base + decoded + sum(block.device_nbytes for block in resting)
+    slots = SLOTS * slot_nbytes if traveling else 0
+    return DevicePlan(
+        resting, traveling, from_disk, reads_nbytes, slot_nbytes, on_device + slots, host
+    )
+
+
+def _fits(host_nbytes: int, budget: int) -> bool:
+    return host_nbytes <= budget
+
+
+def _fit_host(
+    traveling: list[DeviceBlock], mode: str, budget: int | None
+) -> tuple[list[DeviceBlock], int, int]:
+    """Which blocks stay on disk, the memory to read them into, and what host memory takes in all."""
+    host = sum(block.host_nbytes for block in traveling)
+    if budget is None or _fits(host, budget):
+        return [], 0, host
+    if mode in ("host", "raw"):
+        raise ValueError(
+            f"host_memory: expected at least {host} bytes ({format_nbytes(host)}) for what does not fit on the device, as "
+            f"mode {mode!r} reads nothing from disk, got {budget}"
+        )
+    reads = min(READS_NBYTES, max(LEAST_READS_NBYTES, budget // READS_SHARE))
+    indices = sum(block.index_nbytes for block in traveling)
+    room = budget - reads - indices
+    if room < 0:
+        least = LEAST_READS_NBYTES + indices
+        raise ValueError(
+            f"host_memory: expected at least {least} bytes ({format_nbytes(least)}) to read into and for what says where "
+            f"weights begin, got {budget}"
+        )
+    in_memory = _spread(traveling, room, lambda block: block.host_nbytes - block.index_nbytes)
+    from_disk = [block for block in traveling if block not in in_memory]
+    kept = sum(block.host_nbytes - block.index_nbytes for block in in_memory)
+    return from_disk, reads, reads + indices + kept
+
+
+def place_on_device(
+    model: nn.Module,
+    plan: DevicePlan,
+    device: torch.device,
+    mode: str,
+    progress: Callable[[int], None],
+) -> DeviceStream | None:
+    """Carries a plan out. Payloads are read and verified block by block, so that host memory never holds them all."""
+    for _, module in model.named_modules():
+        if isinstance(module, CompressedModule) and module.travels_with is not None:
+            module.travels_with.stop()
+    travels = {id(layer) for block in plan.traveling for layer in block.layers}
+    for module in model.modules():
+        if not isinstance(module, CompressedModule) or id(module) in travels:
+            continue
+        if module.is_in_file and module.origin is not None:
+            module.rest_in_memory(module.origin.load(progress))
+        module.to(device)
+    for block in plan.resting:
+        batch_decodes(block.module)
+    stream = None
+    if plan.traveling:
+        moving = [TravelingBlock(block.module, i) for i, block in enumerate(plan.traveling)]
+        stream = DeviceStream(_units(plan, moving, device, mode, progress), device, num_slots=SLOTS)
+        for traveling in moving:
+            traveling.start(stream)
+    model.to(device)
+    return stream
+
+
+def _units(
+    plan: DevicePlan,
+    moving: list[TravelingBlock],
+    device: torch.device,
+    mode: str,
+    progress: Callable[[int], None],
+) -> Iterator[list[Part]]:
+    for block, traveling in zip(plan.traveling, moving, strict=True):
+        for layer in block.layers:
+            assert layer.origin is not None
+            if block in plan.from_disk:
+                traveling.add_from_file(layer, layer.origin, device)
+            else:
+                traveling.add(layer, layer.origin.load(progress), mode, device)
+            layer.move_all_but_payload(device)
+        yield traveling.take_parts()
+
+
+def _named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    blocks = {id(block) for block in decoder_blocks(model)}
+    for name, module in model.named_modules():
+        if id(module) in blocks:
+            yield name, module
+
+
+def _describe(name: str, module: nn.Module, mode: str) -> DeviceBlock:
+    layers = [layer for layer in module.modules() if isinstance(layer, CompressedModule)]
+    device = host = index = decoded = 0
+    for layer in layers:
+        stored = _stored_nbytes(layer)
+        raw = layer.num_weights
+        is_raw = layer.codec == "raw" or mode in ("host", "raw")
+        device += (raw if is_raw else stored) + _PART_NBYTES
+        host += raw if mode == "raw" else layer.payload.nbytes if mode == "host" else stored
+        index += stored - layer.payload.nbytes
+        decoded += raw if layer.codec == "zstd" and not is_raw else 0
+    return DeviceBlock(name, module, layers, device, host, index, decoded)
+
+
+def _stored_nbytes(layer: CompressedModule) -> int:
+    """Of a payload with what it takes to use it on a device; an upper bound."""
+    nbytes = layer.payload.nbytes
+    info = payload_info(layer.payload)
+    if layer.codec == "zstd":
+        return nbytes + int(layer.num_weights * _INDEX_SHARE) + 448 * len(info["chunks"])
+    if layer.codec != "packed":
+        return nbytes
+    exceptions = sum(chunk["exceptions"] for chunk in info["chunks"])
+    tiles = layer.shape[0] / 16 + 2 * len(info["chunks"])
+    index = _EXCEPTION_NBYTES * exceptions + _ROW_NBYTES * (layer.shape[0] + 1)
+    return nbytes + index + int(_TILE_NBYTES * tiles) + 8 * _PART_NBYTES
+
+
+def _outside_nbytes(model: nn.Module, inside: set[int]) -> tuple[int, int]:
+    """Bytes on the device of all that is not a payload of a block, and of the largest matrix that is decoded whole."""
+    nbytes, decoded = 0, 0
+    seen: set[int] = set()
+    for module in model.modules():
+        compressed = isinstance(module, CompressedModule)
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or id(tensor) in seen or (compressed and name == "payload"):
+                continue
+            seen.add(id(tensor))
+            nbytes += tensor.nbytes
+        if not isinstance(module, CompressedModule) or id(module) in inside:
+            continue
+        if isinstance(module, DCEmbedding):
+            nbytes += module.num_weights  # rows rest as they are
+            continue
+        nbytes += _stored_nbytes(module)
+        decoded = max(decoded, module.num_weights if module.codec == "zstd" else 0)
+    return nbytes, decoded
+
+
+def _spread(
+    blocks: list[DeviceBlock], room: int, nbytes: Callable[[DeviceBlock], int]
+) -> list[DeviceBlock]:
+    """As many blocks as fit, evenly spread, so that copies always have time."""
+    share, credit, left = room / sum(map(nbytes, blocks)), 0.0, room
+    chosen = []
+    for block in blocks:
+        credit += share * nbytes(block)
+        if nbytes(block) <= min(credit, left):
+            chosen.append(block)
+            credit -= nbytes(block)
+            left -= nbytes(block)
+    return chosen

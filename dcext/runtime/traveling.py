@@ -1,0 +1,196 @@
+"""Decoder blocks whose weights travel to a device whenever the block is called."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dcext.codec import decode, payload_info
+from dcext.nn.compressed import CompressedModule
+from dcext.nn.device import IndexedWeight, batch_decodes, rest_on
+from dcext.runtime.device_stream import DeviceStream, FromFile, HostDecoded
+from dcext.runtime.origin import Origin
+
+if TYPE_CHECKING:
+    from dcext.kernels.packed_weight import PackedWeight
+
+MODES = ("auto", "device", "host", "raw")
+_CPU = torch.device("cpu")
+
+Part = Tensor | HostDecoded | FromFile
+# Makes a weight of the views of its parts in a slot.
+Rebuild = Callable[[list[Tensor]], "IndexedWeight | PackedWeight"]
+
+
+def travel_parts(payload: Tensor, mode: str, device: torch.device) -> tuple[list[Part], Rebuild]:
+    """What of a weight travels, and what becomes of it there.
+
+    Args:
+        payload: verified, on the CPU.
+        mode: ``"device"``: as it is stored, with its index, to be decoded there; ``"host"``: decoded on its way;
+            ``"raw"``: decoded now.
+        device: where it travels to.
+    """
+    codec = payload_info(payload)["codec"]
+    if mode == "host" and codec != "raw":
+        return [HostDecoded(payload)], lambda views: IndexedWeight.dense(views[0], device)
+    if mode == "raw" or codec == "raw":
+        qweight = decode(payload, verify=False)
+        return [qweight], lambda views: IndexedWeight.dense(views[0], device)
+    weight = rest_on(payload, _CPU)
+    if isinstance(weight, IndexedWeight):
+        return _indexed_parts(weight, device)
+    return _packed_parts(weight)
+
+
+def file_parts(origin: Origin, device: torch.device) -> tuple[list[Part], Rebuild]:
+    """The same for a payload that stays in its file: what is not its bytes rests in host memory.
+
+    Raises:
+        FormatError: it is damaged.
+        ValueError: its frames have matches, which a device cannot decode.
+    """
+    weight = rest_on(origin.view(), _CPU)
+    if isinstance(weight, IndexedWeight):
+        if weight.codec == "raw" and weight.view is not None:
+            begin = payload_info(weight.payload)["chunks"][0]["offset"]
+            shape = weight.shape
+            nbytes = shape[0] * shape[1]
+            return [FromFile(origin)], lambda views: IndexedWeight.dense(
+                views[0][begin : begin + nbytes].view(torch.int8).view(shape), device
+            )
+        if weight.index is None or weight.codec == "raw":
+            raise ValueError(
+                f"offload: {origin.name}: expected frames without matches, which a device can decode from a file, found others"
+            )
+    parts, rebuild = (
+        _indexed_parts(weight, device)
+        if isinstance(weight, IndexedWeight)
+        else _packed_parts(weight)
+    )
+    return [FromFile(origin), *parts[1:]], rebuild
+
+
+def _indexed_parts(weight: IndexedWeight, device: torch.device) -> tuple[list[Part], Rebuild]:
+    if weight.index is None:  # its frames have matches
+        return [weight.qweight()], lambda views: IndexedWeight.dense(views[0], device)
+    parts: list[Part] = [weight.payload, weight.index]
+    return parts, lambda views: weight.moved(views[0], views[1], device)
+
+
+def _packed_parts(weight: PackedWeight) -> tuple[list[Part], Rebuild]:
+    tensors = [weight.payload, *weight.tiles.values()]
+    if weight.exceptions is not None:
+        tensors += weight.exceptions.tensors()
+    like = [(tensor.dtype, tensor.shape) for tensor in tensors]
+
+    def rebuild(views: list[Tensor]) -> PackedWeight:
+        found = [
+            view.view(dtype).view(shape) for view, (dtype, shape) in zip(views, like, strict=True)
+        ]
+        tiles = dict(zip(weight.tiles, found[1:], strict=False))
+        exceptions = weight.exceptions
+        if exceptions is not None:
+            exceptions = type(exceptions)(*found[1 + len(tiles) :])
+        return replace(weight, payload=found[0], tiles=tiles, exceptions=exceptions)
+
+    return [tensor.reshape(-1).view(torch.uint8) for tensor in tensors], rebuild
+
+
+class TravelingBlock:
+    """A block and its unit of a stream: fetched when the block is called, given back when its slot is read no more.
+
+    Attributes:
+        in_use: whether the weights are in the slot for those who enqueue work now.
+    """
+
+    def __init__(self, block: nn.Module, unit: int) -> None:
+        """Args: unit: of the stream that ``start`` is given."""
+        self.block = block
+        self.unit = unit
+        self.in_use = False
+        self.stream: DeviceStream | None = None
+        self.parts: list[Part] = []
+        self._layers: list[tuple[CompressedModule, slice, Rebuild]] = []
+        self._hooks: list[Any] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TravelingBlock:
+        return copy.copy(self)
+
+    def add(
+        self, layer: CompressedModule, payload: Tensor, mode: str, device: torch.device
+    ) -> None:
+        """Adds a layer of the block."""
+        parts, rebuild = travel_parts(payload, mode, device)
+        self._add(layer, parts, rebuild)
+
+    def add_from_file(self, layer: CompressedModule, origin: Origin, device: torch.device) -> None:
+        """Adds a layer whose payload stays in its file."""
+        self._add(layer, *file_parts(origin, device))
+
+    def _add(self, layer: CompressedModule, parts: list[Part], rebuild: Rebuild) -> None:
+        begin = len(self.parts)
+        self.parts += parts
+        self._layers.append((layer, slice(begin, begin + len(parts)), rebuild))
+
+    def take_parts(self) -> list[Part]:
+        """The parts, which are forgotten here."""
+        parts, self.parts = self.parts, []
+        return parts
+
+    def start(self, stream: DeviceStream) -> None:
+        """Has the block fetch its weights from now on."""
+        self.stream = stream
+        views = stream.parts(self.unit)
+        weights = []
+        for layer, places, rebuild in self._layers:
+            weight = rebuild(views[places])
+            weights.append(weight)
+            layer.travel(weight, self)
+        # Frames are decoded at the beginning, by one launch; what is multiplied in the slot stays until the end.
+        decoded_first = all(
+            isinstance(weight, IndexedWeight) and weight.view is None for weight in weights
+        )
+        batch_decodes(self.block)
+        self._hooks.append(self.block.register_forward_pre_hook(self._fetch, prepend=True))
+        if decoded_first:
+            self._hooks.append(self.block.register_forward_pre_hook(self._give_back_early))
+        self._hooks.append(self.block.register_forward_hook(self._give_back, always_call=True))
+
+    def stop(self) -> None:
+        """Takes the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for layer, _, _ in self._layers:
+            layer.travels_with = None
+
+    def _fetch(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        assert self.stream is not None
+        self.stream.fetch(self.unit)
+        self.in_use = True
+
+    def _give_back_early(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._end(self._layers[-1][0].decoded)
+
+    def _give_back(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.in_use:
+            self._end(next(_tensors(output), None))
+
+    def _end(self, after: Tensor | None) -> None:
+        assert self.stream is not None
+        self.in_use = False
+        self.stream.fetched(self.unit, after)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
