@@ -217,6 +217,13 @@ def parse() -> argparse.Namespace:
         metavar="RATE",
         help="such as 1GB/s, or none; may be repeated; by default none and 1GB/s",
     )
+    parser.add_argument(
+        "--lengths",
+        type=lambda text: tuple(int(length) for length in text.split(",")),
+        default=Sizes.lengths,
+        metavar="N,N..",
+        help="tokens of passes, by default 1,16,512",
+    )
     parser.add_argument("--fresh", action="store_true", help="measure the selected rows again")
     parser.add_argument("--output", type=Path, help="instead of bench/results/offload.json")
     parser.add_argument(
@@ -237,7 +244,7 @@ def run(arguments: argparse.Namespace, scratch: Path) -> list[str]:
     kept = scratch / "offload.json" if arguments.smoke else ROOT / "bench/results/offload.json"
     results = RowFile(arguments.output or kept, key_of, ratios)
     folder = scratch if arguments.smoke else ROOT / "build/offload"
-    sizes = SMOKE_SIZES if arguments.smoke else Sizes()
+    sizes = SMOKE_SIZES if arguments.smoke else Sizes(lengths=arguments.lengths)
     measuring = Run(results, sizes, folder, arguments.smoke)
     measurements = select(arguments)
     measuring.measure(measurements, arguments.fresh)

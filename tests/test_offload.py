@@ -402,3 +402,15 @@ def test_sizes_to_read():
         "10.0 MiB",
         "1024 TiB",
     ]
+
+
+def test_files_that_were_copied_take_no_memory(folders):
+    model = dcext.from_pretrained(folders["raw"])
+    origin = model.lm_head.origin
+    mapped = Path("/proc/self/smaps").read_text().split("\n\n")[0]
+    resident = 0
+    for entry in mapped.split("VmFlags:"):
+        if str(folders["raw"]) in entry:
+            resident += int(entry.split("Rss:")[1].split()[0])
+    assert 1024 * resident < 0.5 * origin.nbytes
+    assert torch.equal(origin.view(), model.lm_head.payload)  # read again

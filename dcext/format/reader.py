@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,14 @@ class CheckpointReader:
         """
         info = self._tensors[name]
         return tensor_view(self._map(info.file), info)
+
+    def release(self, name: str) -> None:
+        """Gives the pages of a tensor that were read back to the system; they are read again when they are touched."""
+        info = self._tensors[name]
+        mapping = self._map(info.file).obj
+        if isinstance(mapping, mmap.mmap) and info.nbytes > 0:
+            begin = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            mapping.madvise(mmap.MADV_DONTNEED, begin, info.offset + info.nbytes - begin)
 
     def _bytes(self, info: TensorInfo) -> memoryview:
         return self._map(info.file)[info.offset : info.offset + info.nbytes]

@@ -45,5 +45,6 @@ class Origin:
         """
         self.reader.verify(self.name, progress)
         payload = to_weight_memory(self.view())
+        self.reader.release(self.name)  # it stays mapped, and would count as memory of this process
         verify_payload(payload)
         return payload
