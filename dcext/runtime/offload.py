@@ -18,8 +18,8 @@ from dcext.runtime.host_stream import HostStream, StreamedWeight, StreamStatisti
 from dcext.runtime.origin import Origin
 
 OFFLOAD_ATTRIBUTE = "dcext_offload"
-# Of reads: 32 of 2 MiB, which bridge 20 ms at 3 GB/s, longer than anything that is not a layer takes.
-SLOTS_NBYTES = 64 << 20
+# Of reads: 16 of 1 MiB, which fit in a last-level cache. With 64 MiB layers were read 10 to 15 % slower at 2.6 GB/s.
+SLOTS_NBYTES = 16 << 20
 LEAST_SLOTS_NBYTES = 8 << 20
 SLOTS_SHARE = 4  # of the budget, one part, where that is less
 
