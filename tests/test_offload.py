@@ -20,7 +20,9 @@ from dcext.runtime.budget import format_nbytes, parse_nbytes
 from dcext.runtime.host_stream import StreamedWeight
 from dcext.runtime.offload import LEAST_SLOTS_NBYTES
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+from test_compress import tiny_llama  # noqa: E402
 
 CODECS = ("raw", "zstd", "packed")
 # Everything is streamed: room for what is not compressed, and the least to read into.
@@ -29,18 +31,14 @@ LEAST = LEAST_SLOTS_NBYTES + 200_000
 
 def model(tie: bool = True) -> nn.Module:
     """Some layers of one piece and, with embedding and ``lm_head``, some of many."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    return tiny_llama(
         hidden_size=512,
         intermediate_size=1536,
-        num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=4,
         vocab_size=16384,
         tie_word_embeddings=tie,
-        attention_bias=True,
     )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 @requires_interpreter
 def test_this_file_in_the_interpreter():
-    run_in_interpreter(__file__)
+    assert run_in_interpreter(__file__) > 0
 
 
 def seeded(seed: int) -> np.random.Generator:

@@ -35,7 +35,7 @@ CODECS = ["raw", "zstd", "packed"]
 
 @requires_interpreter
 def test_this_file_in_the_interpreter():
-    run_in_interpreter(__file__)
+    assert run_in_interpreter(__file__) > 0
 
 
 def layer(codec: str, rows=40, cols=96, activations="int8", outliers=False) -> dcext.DCLinear:

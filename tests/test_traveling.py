@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 pytest.importorskip("triton")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
+from test_compress import tiny_llama  # noqa: E402
 from triton_modes import (  # noqa: E402
     DEVICE,
     on_device,
@@ -30,24 +31,24 @@ MODES = ("auto", "device", "host", "raw")
 
 @requires_interpreter
 def test_this_file_in_the_interpreter():
-    run_in_interpreter(__file__)
+    assert run_in_interpreter(__file__) > 0
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=64,
-        tie_word_embeddings=False,
-    )
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 64,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+    }
     parent = tmp_path_factory.mktemp("models")
     for codec in CODECS:
-        model = transformers.LlamaForCausalLM(config).eval()
+        model = tiny_llama(**shape)
         dcext.compress_(model, dcext.CompressionConfig(recipe="int8", codec=codec))
         dcext.save_pretrained(model, parent / codec)
     return {codec: parent / codec for codec in CODECS}

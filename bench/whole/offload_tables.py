@@ -12,6 +12,7 @@ from rowfile import Row
 from watch import BUSY
 
 from whole.offload_cases import baselines
+from whole.tables import show_conditions
 
 TABLE_WIDTH = 200  # where stdout is not a terminal
 
@@ -69,13 +70,7 @@ def show(rows: list[Row], others: list[Row]) -> None:
     for limit in dict.fromkeys(row["disk_limit"] for row in rows):
         console.print(_table([row for row in rows if row["disk_limit"] == limit], others))
     shared = max(figures["others"] for row in rows for figures in row["passes"])
-    if shared >= BUSY:
-        text = (
-            f"others took up to {shared:.0%} of the CPUs: rows marked * are better measured again"
-        )
-        console.print(text, highlight=False)
-    for line in dict.fromkeys(row["hardware"] for row in rows):
-        console.print(line, highlight=False, soft_wrap=True)
+    show_conditions(console, rows, shared)
 
 
 def _table(rows: list[Row], others: list[Row]) -> Table:

@@ -47,7 +47,17 @@ def show(rows: list[Row], others: list[Row]) -> None:
     console.print(_speeds(rows, others))
     if any("split" in row for row in rows):
         console.print(_splits(rows))
-    shared = max(speed["others"] for row in rows for speed in row["speeds"])
+    show_conditions(console, rows, max(speed["others"] for row in rows for speed in row["speeds"]))
+
+
+def show_conditions(console: Console, rows: list[Row], shared: float) -> None:
+    """Under what rows were measured: whether they are to be trusted, and the lines of their hardware.
+
+    Args:
+        console: to print on.
+        rows: at least one.
+        shared: the largest share of the CPUs that others took.
+    """
     if shared >= BUSY:
         text = (
             f"others took up to {shared:.0%} of the CPUs: rows marked * are better measured again"

@@ -177,6 +177,7 @@ int run_cases() {
     waiting_user_goes_on(closes);
     ++done;
   }
+  std::printf("%ld cases\n", static_cast<long>(done));
   return 0;
 }
 
