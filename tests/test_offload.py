@@ -22,7 +22,7 @@ from dcext.runtime.offload import LEAST_SLOTS_NBYTES
 
 pytest.importorskip("transformers")
 
-from test_compress import tiny_llama  # noqa: E402
+from test_compress import tiny_llama
 
 CODECS = ("raw", "zstd", "packed")
 # Everything is streamed: room for what is not compressed, and the least to read into.

@@ -12,8 +12,8 @@ from torch import nn
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
-from test_compress import tiny_llama  # noqa: E402
-from triton_modes import (  # noqa: E402
+from test_compress import tiny_llama
+from triton_modes import (
     DEVICE,
     on_device,
     on_gpu,
@@ -21,9 +21,9 @@ from triton_modes import (  # noqa: E402
     run_in_interpreter,
 )
 
-import dcext  # noqa: E402
-from dcext.compress import compressed_modules  # noqa: E402
-from dcext.runtime.device_offload import plan_device  # noqa: E402
+import dcext
+from dcext.compress import compressed_modules
+from dcext.runtime.device_offload import plan_device
 
 CODECS = ("raw", "zstd", "packed")
 MODES = ("auto", "device", "host", "raw")
