@@ -23,8 +23,7 @@ def hardware() -> dict[str, Any]:
     """Machine, build and commit, JSON-ready; ``line`` is the form that tables print."""
     import torch
 
-    from dcext.build import build_info
-    from dcext.cli.report import machine_info
+    from dcext.build import build_info, machine_info
 
     machine, build = machine_info(), build_info()
     gpu = gpu_info() if torch.cuda.is_available() else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,3 +44,24 @@ def set_num_threads(num_threads: int) -> None:
 def get_num_threads() -> int:
     """How many threads ``encode`` and ``decode`` use; by default every CPU of the process's affinity mask."""
     return _C.get_num_threads()
+
+
+def machine_info() -> dict[str, Any]:
+    """CPU, memory and huge pages of this machine, JSON-ready."""
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else "unknown",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel gives it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

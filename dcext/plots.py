@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dcext.analyze import LayerAnalysis, ModelAnalysis
+from dcext.format.replace import replace_file
 from dcext.quantize.report import CompressionReport
 
 DPI = 120
@@ -160,7 +159,7 @@ def _draw(panels: list[Panel], columns: int, path: str | Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     by_kind = dict(zip(labels, handles, strict=True))
     figure.legend(by_kind.values(), by_kind.keys(), loc="outside right upper", fontsize=8)
-    _replace_file(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
+    replace_file(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
 
 
 def _draw_panel(axis: Any, panel: Panel, kinds: list[str]) -> None:
@@ -211,13 +210,3 @@ def _new_figure(rows: int, columns: int) -> Any:
     figure = Figure(figsize=(width * columns + 1.5, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` fill a file beside ``path``, then puts it in its place."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

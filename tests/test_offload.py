@@ -18,7 +18,7 @@ from dcext.compress import compressed_modules
 from dcext.nn.compressed import CompressedModule
 from dcext.runtime.budget import format_nbytes, parse_nbytes
 from dcext.runtime.host_stream import StreamedWeight
-from dcext.runtime.offload import LEAST_SLOTS_NBYTES
+from dcext.runtime.placement import LEAST_SLOTS_NBYTES
 
 pytest.importorskip("transformers")
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcext.format.mapped import SafetensorsFile
+from dcext.format.replace import replace_file
 
 KEY_NAME = "key.json"
 
@@ -43,12 +44,9 @@ class ResumeFolder:
     def save(self, step: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Writes a step, replacing an earlier one of the same name."""
         target = self.path / f"{step}.safetensors"
-        partial = target.with_suffix(".partial")
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, partial, metadata={"json": json.dumps(meta)})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        metadata = {"json": json.dumps(meta)}
+        replace_file(target, lambda partial: save_file(contiguous, partial, metadata=metadata))
 
     def load(self, step: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A step's tensors, mapped from the file, and its JSON; None where it is not there or was not finished."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -130,7 +127,7 @@ def _add_entropies(reader: Any, rows: list[dict[str, Any]], weights: int) -> Non
 
 def info(as_json: JsonOption = False) -> None:
     """Show the machine, what was built, and which instruction set is in use."""
-    from dcext import build_info
+    from dcext.build import build_info, machine_info
 
     described = {**machine_info(), **build_info()}
     if as_json:
@@ -140,24 +137,3 @@ def info(as_json: JsonOption = False) -> None:
     for key, value in described.items():
         table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
     console().print(table)
-
-
-def machine_info() -> dict[str, Any]:
-    """CPU, memory and huge pages of this machine, JSON-ready."""
-    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return {
-        "cpu": cpu_name(),
-        "cpus": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else "unknown",
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name as the kernel gives it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"

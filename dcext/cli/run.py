@@ -66,7 +66,7 @@ def evaluate(
 
     from dcext.evaluate import perplexity
     from dcext.nn.device import raise_if_damaged
-    from dcext.runtime.offload import offload_of
+    from dcext.runtime.placement import offload_of
 
     content = text.read_text(encoding="utf-8")
     model, tokenizer = _load(
@@ -124,7 +124,7 @@ def generate(
     from transformers import TextStreamer
 
     from dcext.nn.device import raise_if_damaged
-    from dcext.runtime.offload import offload_of
+    from dcext.runtime.placement import offload_of
 
     model, tokenizer = _load(
         folder,

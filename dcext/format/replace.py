@@ -1,4 +1,4 @@
-"""Folders put in place whole: written beside their target, swapped in by one rename, cleaned up after a crash."""
+"""Folders and files put in place whole: written beside their target, swapped in by one rename, cleaned up after a crash."""
 
 from __future__ import annotations
 
@@ -38,6 +38,19 @@ def replacing(target: Path, check: Callable[[], None]) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(descriptor)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets ``write`` fill a file beside ``path``, then puts it in its place."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.absolute().parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

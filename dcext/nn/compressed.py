@@ -102,6 +102,7 @@ class CompressedModule(Resting):
             view: the payload there, mapped.
             weight: who reads it.
         """
+        self._describe(payload_info(view))
         self.payload = view
         self.resting = weight
         self._is_in_file = True
@@ -122,8 +123,9 @@ class CompressedModule(Resting):
                 self._buffers[name] = moved
 
     def rest_in_memory(self, payload: Tensor) -> None:
-        """Takes over a payload that is equal to the module's."""
+        """Takes over a payload of the module's integers, in any codec."""
         self._leave_device()
+        self._describe(payload_info(payload))
         self.payload = payload
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 _UNITS = {
     "": 1,
@@ -48,3 +49,35 @@ def format_nbytes(nbytes: int) -> str:
         value, unit = value / 1024, larger
     digits = 0 if unit == "B" else max(0, 3 - len(str(int(value))))
     return f"{value:.{digits}f} {unit}"
+
+
+def free_memory() -> int:
+    """Bytes that this process could take now: what is available, or what its control group leaves, if that is less.
+
+    Linux: ``MemAvailable`` of proc(5), ``memory.max`` of cgroups(7), version 2, or ``memory.limit_in_bytes`` of 1.
+    """
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (available,) = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    room = [available * 1024]
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup") / ("memory" if controllers else "")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, usage = names if controllers else ("memory.max", "memory.current")
+        group = root / path.lstrip("/")
+        for folder in [group, *group.parents]:
+            if not folder.is_relative_to(root):
+                break
+            bound = _number_in(folder / limit)
+            if bound is not None:
+                room.append(max(bound - (_number_in(folder / usage) or 0), 0))
+    return min(room)
+
+
+def _number_in(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return None

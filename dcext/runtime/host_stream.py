@@ -96,7 +96,7 @@ class HostStream:
             path = str(origin.reader.directory / info.file)
             file = paths.setdefault(path, len(paths))
             payloads.append((name, file, info.offset, origin.view(), unit))
-        self._page_cache = page_cache
+        self.page_cache = page_cache
         self.native = _C.HostStream(list(paths), payloads, slots_nbytes, page_cache)
         self.handle: int = self.native.handle
         self.names: Sequence[str] = tuple(origins)
@@ -108,7 +108,7 @@ class HostStream:
         return StreamStatistics(
             **self.native.statistics(),
             slots_nbytes=self.slots_nbytes,
-            page_cache="used" if self._page_cache else dropped,
+            page_cache="used" if self.page_cache else dropped,
         )
 
     def read_all(self) -> float:

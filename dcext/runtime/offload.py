@@ -3,138 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dcext.nn.compressed import CompressedModule
-from dcext.nn.embedding import DCEmbedding
 from dcext.runtime.budget import format_nbytes, parse_nbytes
 from dcext.runtime.device_offload import place_on_device, plan_device
-from dcext.runtime.device_stream import DeviceStream
-from dcext.runtime.host_stream import HostStream, StreamedWeight, StreamStatistics
-from dcext.runtime.origin import Origin
-
-OFFLOAD_ATTRIBUTE = "dcext_offload"
-# Of reads: 16 of 1 MiB, which fit in a last-level cache. With 64 MiB layers were read 10 to 15 % slower at 2.6 GB/s.
-SLOTS_NBYTES = 16 << 20
-LEAST_SLOTS_NBYTES = 8 << 20
-SLOTS_SHARE = 4  # of the budget, one part, where that is less
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A payload and the modules that share it.
-
-    Attributes:
-        name: of the first module.
-        modules: all of them.
-        origin: where it can be read.
-        nbytes: of the payload.
-    """
-
-    name: str
-    modules: list[CompressedModule]
-    origin: Origin
-    nbytes: int
-
-    @property
-    def is_looked_up(self) -> bool:
-        """Whether a token needs a few rows of it only."""
-        return all(isinstance(module, DCEmbedding) for module in self.modules)
-
-
-@dataclass(frozen=True)
-class DeviceStatistics:
-    """What a device stream has done since it was made.
-
-    Attributes:
-        copied_nbytes: bytes copied to the device.
-        blocks: calls of blocks that travel.
-        hits: of those, calls whose weights were there or on their way.
-        late: of those, on their way still.
-        stall_s: seconds that the host spent in asking for weights.
-    """
-
-    copied_nbytes: int
-    blocks: int
-    hits: int
-    late: int
-    stall_s: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return (
-            f"copied {self.copied_nbytes / 1e9:.2f} GB for {self.blocks} blocks, {self.hits} of them ahead of their call "
-            f"({self.late} not yet done), asking took {self.stall_s:.2f} s"
-        )
-
-
-@dataclass(frozen=True)
-class Offload:
-    """Where the weights of a model are, and what streaming them took.
-
-    Attributes:
-        tiers: ``"memory"`` or ``"disk"`` for each payload, by the name of its module; with ``device_memory`` ``"device"``,
-            ``"host"`` or ``"disk"`` for each decoder block; the rest is on the device.
-        nbytes: bytes of each.
-        memory_nbytes: bytes of weights in host memory: payloads, all that is not compressed, and room for reads.
-        device_nbytes: bytes of weights on the device, slots and room to decode; 0 without ``device_memory``.
-        stream: None where nothing is read from files.
-        device_stream: None where nothing travels to a device.
-    """
-
-    tiers: dict[str, str]
-    nbytes: dict[str, int]
-    memory_nbytes: int
-    device_nbytes: int = 0
-    stream: HostStream | None = None
-    device_stream: DeviceStream | None = None
-
-    @property
-    def streamed_nbytes(self) -> int:
-        """Bytes that are read from files, or copied to the device, in a forward pass; rows of embeddings aside."""
-        return sum(self.nbytes[name] for name in self._away())
-
-    def _away(self) -> list[str]:
-        return [name for name, tier in self.tiers.items() if tier in ("disk", "host")]
-
-    def statistics(self) -> StreamStatistics | DeviceStatistics | None:
-        """What the stream did so far; None where everything fits."""
-        if self.device_stream is not None:
-            counts = self.device_stream.statistics()
-            return DeviceStatistics(
-                counts["copied_nbytes"],
-                counts["begins"],
-                counts["hits"],
-                counts["late"],
-                counts["stall_ns"] / 1e9,
-            )
-        return None if self.stream is None else self.stream.statistics()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # copies and pickles of a model rest in memory
-
-    def __str__(self) -> str:
-        away, place = self._away(), "memory"
-        nbytes = self.memory_nbytes
-        if self.device_nbytes > 0:
-            place, nbytes = "device memory", self.device_nbytes
-        if not away:
-            return f"all {len(self.tiers)} weights in {place}, {format_nbytes(nbytes)}"
-        where = "disk"
-        if self.device_nbytes > 0:
-            disk = [name for name in away if self.tiers[name] == "disk"]
-            where = f"host memory, {len(disk)} of them from disk" if disk else "host memory"
-        return (
-            f"{format_nbytes(nbytes)} in {place}; {len(away)} of {len(self.tiers)} weights, "
-            f"{format_nbytes(self.streamed_nbytes)}, streamed from {where}\n{self.statistics()}"
-        )
+from dcext.runtime.placement import (
+    LEAST_SLOTS_NBYTES,
+    OFFLOAD_ATTRIBUTE,
+    Offload,
+    other_nbytes,
+    slots_for,
+)
+from dcext.runtime.retier import retier
+from dcext.runtime.weights import Weight, weights_of
 
 
 def offload(
@@ -225,12 +108,12 @@ def _offload_to_disk(
     model: nn.Module, budget: int, page_cache: bool, progress: Callable[[int], None]
 ) -> Offload:
     weights = _weights(model)
-    others = _other_nbytes(model)
+    others = other_nbytes(model)
     total = sum(weight.nbytes for weight in weights)
     resident = {weight.name for weight in weights}
     slots_nbytes = 0
     if others + total > budget:
-        slots_nbytes = min(SLOTS_NBYTES, max(LEAST_SLOTS_NBYTES, budget // SLOTS_SHARE))
+        slots_nbytes = slots_for(budget)
         room = budget - others - slots_nbytes
         if room < 0:
             least = others + LEAST_SLOTS_NBYTES
@@ -239,51 +122,26 @@ def _offload_to_disk(
                 f"are not compressed and {format_nbytes(LEAST_SLOTS_NBYTES)} to read into; got {budget}"
             )
         resident = _choose_resident(weights, room)
-    stream = _place(weights, resident, slots_nbytes, page_cache, progress)
-    kept = sum(weight.nbytes for weight in weights if weight.name in resident)
-    return Offload(
-        tiers={w.name: "memory" if w.name in resident else "disk" for w in weights},
-        nbytes={weight.name: weight.nbytes for weight in weights},
-        memory_nbytes=others + kept + (0 if stream is None else stream.slots_nbytes),
-        stream=stream,
-    )
+    tiers = {
+        weight.name: f"{'memory' if weight.name in resident else 'disk'}/{weight.file_codec}"
+        for weight in weights
+    }
+    return retier(model, weights, tiers, slots_nbytes, page_cache=page_cache, progress=progress)
 
 
 def _weights(model: nn.Module) -> list[Weight]:
-    """All payloads, in the order of the modules that use them."""
-    found: dict[tuple[int, str], Weight] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, CompressedModule):
-            continue
-        if module.row_scale.device.type != "cpu":
+    """All payloads, each in a file."""
+    try:
+        weights = weights_of(model)
+    except ValueError as error:
+        raise ValueError(f"offload: {error}") from None
+    for weight in weights:
+        if weight.origin is None:
             raise ValueError(
-                f"offload: {name}: expected the CPU, got a module on {module.row_scale.device}"
+                f"offload: {weight.name}: expected a payload from a checkpoint, got one that is not in a file: save the "
+                "model and load it with from_pretrained"
             )
-        origin = module.origin
-        if origin is None:
-            raise ValueError(
-                f"offload: {name}: expected a payload from a checkpoint, got one that is not in a file: save the model "
-                "and load it with from_pretrained"
-            )
-        key = id(origin.reader), origin.name
-        if key in found:
-            found[key].modules.append(module)
-        else:
-            found[key] = Weight(name, [module], origin, origin.nbytes)
-    if not found:
-        raise ValueError("offload: model: expected compressed layers, found none")
-    return list(found.values())
-
-
-def _other_nbytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers that are no payloads, shared ones counted once."""
-    tensors: dict[int, Tensor] = {}
-    for module in model.modules():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or (isinstance(module, CompressedModule) and name == "payload"):
-                continue
-            tensors[id(tensor)] = tensor
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return weights
 
 
 def _choose_resident(weights: list[Weight], room: int) -> set[str]:
@@ -309,33 +167,3 @@ def _choose_resident(weights: list[Weight], room: int) -> set[str]:
             chosen.add(weight.name)
             left -= weight.nbytes
     return chosen
-
-
-def _place(
-    weights: list[Weight],
-    resident: set[str],
-    slots_nbytes: int,
-    page_cache: bool,
-    progress: Callable[[int], None],
-) -> HostStream | None:
-    """Moves payloads; first those that leave memory, then those that come."""
-    streamed = [weight for weight in weights if weight.name not in resident]
-    stream = None
-    if streamed:
-        origins = {weight.name: weight.origin for weight in streamed}
-        stream = HostStream(origins, slots_nbytes, page_cache=page_cache)
-        for unit, weight in enumerate(streamed):
-            view = weight.origin.view()
-            for module in weight.modules:
-                module.rest_in_file(view, StreamedWeight(stream, unit))
-    for weight in weights:
-        if weight.name in resident and weight.modules[0].is_in_file:
-            payload = weight.origin.load(progress)
-            for module in weight.modules:
-                module.rest_in_memory(payload)
-    return stream
-
-
-def offload_of(model: Any) -> Offload | None:
-    """What ``offload`` last returned for a model, or None."""
-    return getattr(model, OFFLOAD_ATTRIBUTE, None)

@@ -1,0 +1,314 @@
+"""Chooses a tier for each layer: least time within budgets of memory, or least memory within a bound of time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dcext.policy.plan import Plan, PlannedLayer, PlannedPass
+from dcext.policy.predict import (
+    COMPUTE,
+    RESOURCES,
+    Predictor,
+    Unit,
+    place_and_codec,
+)
+from dcext.policy.solve import Choice, Floats, Problem, solve
+
+BISECTIONS = 14  # of memory, for a bound of time: finer than one layer in thousands
+SPREAD_LOSES = 1e-3  # relative time that an even order may cost
+UNBOUNDED = 1 << 62
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory for weights.
+
+    Attributes:
+        host: bytes; None without a bound.
+        device: bytes on the device; None without a bound, or without a device.
+        others: of the memory where the model runs, bytes of what is not compressed.
+        slots: bytes to read into, taken from host memory as soon as one unit is on disk.
+        travel: bytes on the device for units that come over the link, taken as soon as one does.
+    """
+
+    host: int | None
+    device: int | None
+    others: int = 0
+    slots: int = 0
+    travel: int = 0
+
+
+class BudgetError(ValueError):
+    """No plan keeps to a budget. The message says by how much the smallest one misses it."""
+
+
+class Decider:
+    """All plans of a model on a machine."""
+
+    def __init__(
+        self, predictor: Predictor, units: Sequence[Unit], mix: Mapping[int, float], others: int
+    ) -> None:
+        """Computes the time of every unit in every tier.
+
+        Args:
+            predictor: of times.
+            units: of the model.
+            mix: how many passes there are of each number of tokens.
+            others: bytes of what is not compressed, where the model runs.
+        """
+        self.predictor = predictor
+        self.units = list(units)
+        self.mix = dict(mix)
+        self.others = others
+        self.on_device = predictor.machine.device is not None
+        self.tiers = [predictor.tiers(unit) for unit in self.units]
+        self.time, self.memory = self._tables()
+
+    def _tables(self) -> tuple[Floats, Floats]:
+        """Seconds (units + 1, tiers, resources, workloads), infinite where there is no tier; bytes (units + 1, tiers, 2).
+
+        The last unit is all that is not compressed.
+        """
+        most = max((len(tiers) for tiers in self.tiers), default=1)
+        count, workloads = len(self.units), list(self.mix)
+        time = np.full((count + 1, most, len(RESOURCES), len(workloads)), np.inf)
+        memory = np.zeros((count + 1, most, 2))
+        same: dict[tuple[object, ...], Floats] = {}
+        for i, unit in enumerate(self.units):
+            for j, tier in enumerate(self.tiers[i]):
+                for w, tokens in enumerate(workloads):
+                    nbytes = unit.nbytes[place_and_codec(tier)[1]]
+                    key = (unit.kind, tier, nbytes, tokens)
+                    if key not in same:
+                        same[key] = self.predictor.seconds(unit, tier, tokens)
+                    time[i, j, :, w] = same[key]
+                memory[i, j] = self.predictor.memory(unit, tier)
+        time[count, 0] = 0.0
+        time[count, 0, COMPUTE] = [self.predictor.other_s(tokens) for tokens in workloads]
+        return time, memory
+
+    def problem(self, budget: Budget, *, disk: bool, travel: bool) -> Problem:
+        """What ``solve`` takes, with or without tiers on disk and those that travel to a device."""
+        time = self.time.copy()
+        for i, tiers in enumerate(self.tiers):
+            for j, tier in enumerate(tiers):
+                place = place_and_codec(tier)[0]
+                if (place == "disk" and not disk) or (
+                    self.on_device and place in ("host", "disk") and not travel
+                ):
+                    time[i, j] = np.inf
+        host = UNBOUNDED if budget.host is None else budget.host
+        device = UNBOUNDED if budget.device is None else budget.device
+        host -= budget.slots * disk + self.others * (not self.on_device)
+        device -= budget.travel * travel + self.others * self.on_device
+        weight = np.array(list(self.mix.values()), dtype=np.float64)
+        return Problem(time, self.memory, np.array([host, device], dtype=np.float64), weight)
+
+    def within(self, budget: Budget) -> dict[str, str]:
+        """The fastest tiers within a budget.
+
+        Raises:
+            BudgetError: not even the smallest fit: by how much.
+        """
+        best: tuple[float, dict[str, str]] | None = None
+        for problem in self._problems(budget):
+            if (problem.budget < 0).any():
+                continue
+            choice = solve(problem)
+            if choice is None:
+                continue
+            choice = self._spread(problem, choice)
+            seconds = problem.seconds(choice)
+            if best is None or seconds < best[0]:
+                best = seconds, self._named(choice)
+        if best is None:
+            raise BudgetError(self._shortfall(budget))
+        return best[1]
+
+    def _problems(self, budget: Budget) -> Iterator[Problem]:
+        """With the tiers that a budget may call for; reads and travels cost memory even if little uses them."""
+        on_disk = any(tier.startswith("disk/") for tiers in self.tiers for tier in tiers)
+        for travel in (False, True) if self.on_device else (False,):
+            yield self.problem(budget, disk=False, travel=travel)
+        if on_disk:
+            yield self.problem(budget, disk=True, travel=self.on_device)
+
+    def smallest(self, budget: Budget) -> int:
+        """Bytes of host memory below which nothing fits, if there is room on the device."""
+        least = []
+        for problem in self._problems(Budget(None, budget.device, 0, budget.slots, budget.travel)):
+            exists = np.isfinite(problem.time).all(axis=(2, 3))
+            nbytes = np.where(exists, problem.memory[:, :, 0], np.inf).min(axis=1).sum()
+            least.append(nbytes + UNBOUNDED - problem.budget[0])
+        return int(min(least))
+
+    def _shortfall(self, budget: Budget) -> str:
+        if self.on_device:
+            return (
+                f"plan: expected room for the smallest tiers in {budget.device} bytes of device memory and "
+                f"{'any' if budget.host is None else budget.host} of host memory, found that they do not fit"
+            )
+        least = self.smallest(budget)
+        missing = least - (budget.host or 0)
+        return (
+            f"host_memory: expected at least {least} bytes: {self.others} that are not compressed, the rest for weights and "
+            f"to read into; got {budget.host}, {missing} bytes too few"
+        )
+
+    def smallest_within(self, bound: float, budget: Budget) -> dict[str, str]:
+        """The tiers of least memory, where the model runs, whose mean time is within a bound.
+
+        Args:
+            bound: seconds of a pass of the mix on average.
+            budget: that must be kept as well.
+
+        Raises:
+            BudgetError: not even the fastest tiers are within both.
+        """
+        fastest = self.within(budget)
+        if self.mean_s(fastest) > bound:
+            raise BudgetError(
+                f"plan: expected at most {bound * 1e3:.3f} ms a pass, found {self.mean_s(fastest) * 1e3:.3f} ms for the "
+                "fastest tiers within the budget"
+            )
+        best, high = fastest, self.nbytes(fastest, budget)[self.on_device]
+        low = 0
+        for _ in range(BISECTIONS):
+            middle = (low + high) // 2
+            tighter = Budget(
+                budget.host if self.on_device else middle,
+                middle if self.on_device else budget.device,
+                budget.others,
+                budget.slots,
+                budget.travel,
+            )
+            try:
+                tiers = self.within(tighter)
+            except BudgetError:
+                low = middle
+                continue
+            if self.mean_s(tiers) <= bound:
+                best, high = tiers, min(middle, self.nbytes(tiers, budget)[self.on_device])
+            else:
+                low = middle
+        return best
+
+    def int8(self) -> dict[str, str]:
+        """Everything as plain INT8 where the model runs."""
+        place = "device" if self.on_device else "memory"
+        return {unit.name: f"{place}/raw" for unit in self.units}
+
+    def mean_s(self, tiers: Mapping[str, str]) -> float:
+        """Seconds of a pass of the mix on average."""
+        passes = [
+            weight * self.predictor.predict(self.units, tiers, tokens).pipelined_s
+            for tokens, weight in self.mix.items()
+        ]
+        return sum(passes) / sum(self.mix.values())
+
+    def nbytes(self, tiers: Mapping[str, str], budget: Budget) -> tuple[int, int]:
+        """Bytes of weights in host and device memory: payloads, what is not compressed, room for reads."""
+        host = device = 0
+        for unit in self.units:
+            in_host, on_device = self.predictor.memory(unit, tiers[unit.name])
+            host += in_host
+            device += on_device
+        places = {place_and_codec(tier)[0] for tier in tiers.values()}
+        host += budget.slots * ("disk" in places)
+        if self.on_device:
+            device += self.others + budget.travel * bool(places & {"host", "disk"})
+        else:
+            host += self.others
+        return host, device
+
+    def _named(self, choice: Choice) -> dict[str, str]:
+        return {unit.name: self.tiers[i][choice[i]] for i, unit in enumerate(self.units)}
+
+    def _spread(self, problem: Problem, choice: Choice) -> Choice:
+        """The same tiers, spread evenly among units of a kind: reads of one overlap with computing of others."""
+        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for i, unit in enumerate(self.units):
+            groups[(unit.kind, tuple(self.tiers[i]))].append(i)
+        spread = choice.copy()
+        for members in groups.values():
+            spread[members] = _interleaved(choice[members])
+        slower = problem.seconds(spread) > problem.seconds(choice) * (1 + SPREAD_LOSES)
+        return choice if slower or not problem.fits(spread) else spread
+
+    def plan(self, tiers: Mapping[str, str], budget: Budget, objective: str) -> Plan:
+        """All that there is to say of a choice of tiers."""
+        predict = self.predictor.predict
+        passes, int8 = [], self.int8() if all("raw" in u.nbytes for u in self.units) else None
+        for tokens, weight in self.mix.items():
+            found = predict(self.units, tiers, tokens)
+            plain = found if int8 is None else predict(self.units, int8, tokens)
+            passes.append(
+                PlannedPass(
+                    tokens=tokens,
+                    weight=weight,
+                    seconds=found.pipelined_s,
+                    serial_s=found.serial_s,
+                    other_s=found.other_s,
+                    resources_s=dict(zip(RESOURCES, found.resources_s, strict=True)),
+                    binds=found.binds,
+                    int8_s=plain.pipelined_s,
+                )
+            )
+        host, device = self.nbytes(tiers, budget)
+        int8_nbytes = self.others + sum(unit.nbytes.get("raw", unit.weights) for unit in self.units)
+        machine = self.predictor.machine
+        plan = Plan(
+            layers=[self._layer(unit, tiers[unit.name]) for unit in self.units],
+            passes=passes,
+            host_memory=budget.host,
+            device_memory=budget.device,
+            host_nbytes=host,
+            device_nbytes=device,
+            int8_nbytes=int8_nbytes,
+            objective=objective,
+            machine=machine.name,
+            kind=machine.kind,
+            notes=[],
+        )
+        plan.notes.extend(notes(plan))
+        return plan
+
+    def _layer(self, unit: Unit, tier: str) -> PlannedLayer:
+        taken = {tokens: self.predictor.seconds(unit, tier, tokens) for tokens in self.mix}
+        return PlannedLayer(
+            name=unit.name,
+            tier=tier,
+            nbytes=unit.nbytes[place_and_codec(tier)[1]],
+            seconds={tokens: float(s.max()) for tokens, s in taken.items()},
+            binds={tokens: RESOURCES[int(s.argmax())] for tokens, s in taken.items()},
+        )
+
+
+def notes(plan: Plan) -> list[str]:
+    """What a plan tells its user in words."""
+    bound = plan.host_memory if plan.device_nbytes == 0 else plan.device_memory
+    found = []
+    tiers = set(plan.tiers.values())
+    if bound is not None and plan.int8_nbytes <= bound:
+        text = "plain INT8 fits in the memory that there is"
+        is_plain = all(tier.endswith("/raw") for tier in tiers)
+        text += ": nothing is compressed" if is_plain else "; what is compressed here is faster so"
+        found.append(text)
+    found += [
+        f"passes of {each.tokens} tokens: {each.binds} binds, {each.slowdown:+.1%} of the time of plain INT8"
+        for each in plan.passes
+    ]
+    return found
+
+
+def _interleaved(values: Choice) -> Choice:
+    """The same values, each spread evenly over the places."""
+    kinds, counts = np.unique(values, return_counts=True)
+    # The k-th of n equal ones goes near (k + 1/2) / n of the way.
+    at = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
+    order = np.argsort(at, kind="stable")
+    return np.repeat(kinds, counts)[order]

@@ -1,0 +1,242 @@
+"""Takes the times of a model's layers, in every codec, while the model itself runs."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcext.codec import encode, payload_info
+from dcext.policy.predict import Observed, Unit, place_and_codec
+from dcext.runtime.host_stream import HostStream
+from dcext.runtime.placement import SLOTS_NBYTES
+from dcext.runtime.weights import Weight
+
+CODECS = ("raw", "packed", "zstd")
+SAMPLES = 6  # units of a kind whose codecs are changed: a multiple of the codecs
+PASSES, PASSES_AT_MOST = 3, 12
+SECONDS_OF_A_LENGTH = 1.0  # in each rotation; more passes than three only so long
+DISK_READS_NBYTES, DISK_LOOKS = 512 << 20, 3
+Forward = Callable[[int], object]
+Progress = Callable[[str, float], None]
+
+
+def describe(weights: Sequence[Weight], progress: Progress | None = None) -> list[Unit]:
+    """What the policy has to know of each payload: its exact size in every codec, for which it is coded in each.
+
+    Args:
+        weights: of a model.
+        progress: called with a name and the share of the whole that it was.
+    """
+    report = progress or (lambda what, share: None)
+    total = sum(weight.module.num_weights for weight in weights)
+    units = []
+    for weight in weights:
+        module = weight.module
+        own = payload_info(module.payload)
+        nbytes = {own["codec"]: module.payload.nbytes}
+        if weight.origin is not None and weight.file_codec is not None:
+            nbytes[weight.file_codec] = weight.origin.nbytes
+        if len(nbytes) < len(CODECS):
+            qweight = weight.qweight()
+            for codec in CODECS:
+                if codec not in nbytes:
+                    nbytes[codec] = encode(qweight, codec).nbytes
+        looked_up = sum(hasattr(m, "num_embeddings") for m in weight.modules)
+        units.append(
+            Unit(
+                name=weight.name,
+                shape=weight.module.shape,
+                multiplied=len(weight.modules) - looked_up,
+                looked_up=looked_up,
+                nbytes={codec: nbytes[codec] for codec in CODECS},
+                file_codec=weight.file_codec,
+                panels=-(-module.shape[0] // own["panel_rows"]),
+                activations=getattr(module, "activations", "int8"),
+            )
+        )
+        report(weight.name, module.num_weights / total)
+    return units
+
+
+def forward_of(model: nn.Module) -> Forward:
+    """Runs a pass of so many tokens of a language model, logits of the last one only where the model can.
+
+    Raises:
+        ValueError: it has no vocabulary: ``forward`` must be given.
+    """
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        raise ValueError(
+            "forward: expected a function of the number of tokens, as the model has no config.vocab_size, got None"
+        )
+    options: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    generator = torch.Generator().manual_seed(0)
+
+    def forward(tokens: int) -> object:
+        ids = torch.randint(vocabulary, (1, tokens), generator=generator)
+        return model(input_ids=ids, use_cache=False, **options)
+
+    return forward
+
+
+class LayerClock:
+    """Times the layers of a model between ``with``; reads nothing else of it."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self._weights = weights
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def running(self) -> Iterator[dict[str, float]]:
+        """Adds up the seconds of each weight's modules, by its name, of the passes meanwhile."""
+        self.seconds.clear()
+        handles = []
+        for weight in self._weights:
+            for module in weight.modules:
+                handles += self._watch(weight.name, module)
+        try:
+            yield self.seconds
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch(self, name: str, module: nn.Module) -> list[Any]:
+        began = [0.0]
+
+        def begin(module: nn.Module, args: object) -> None:
+            began[0] = time.perf_counter()
+
+        def end(module: nn.Module, args: object, output: object) -> None:
+            self.seconds[name] += time.perf_counter() - began[0]
+
+        return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+
+
+@torch.inference_mode()
+def observe(
+    weights: Sequence[Weight],
+    units: Sequence[Unit],
+    lengths: Sequence[int],
+    forward: Forward,
+    progress: Progress | None = None,
+) -> Observed:
+    """Runs passes in which layers of every kind have every codec, and takes their times. The model is as before afterwards.
+
+    Up to ``SAMPLES`` layers of a kind are coded anew in turn; the others stay as they are. What is not a layer is the time
+    of passes that nobody watches less that of the layers.
+
+    Args:
+        weights: of the model.
+        units: their descriptions, in the same order.
+        lengths: numbers of tokens of a pass.
+        forward: runs a pass.
+        progress: called with what is done and its share of the whole.
+    """
+    report = progress or (lambda what, share: None)
+    by_kind: dict[object, list[int]] = defaultdict(list)
+    for index, unit in enumerate(units):
+        by_kind[unit.kind].append(index)
+    sampled = [index for members in by_kind.values() for index in _evenly(members, SAMPLES)]
+    layers: dict[tuple[object, str], dict[int, list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    others: dict[int, list[float]] = defaultdict(list)
+    with _restored([weights[index] for index in sampled]):
+        for rotation in range(len(CODECS)):
+            for turn, index in enumerate(sampled):
+                weights[index].rest_in_memory(
+                    weights[index].payload(CODECS[(turn + rotation) % len(CODECS)])
+                )
+            for tokens in lengths:
+                _take(weights, units, tokens, forward, layers, others)
+                report(f"{tokens} tokens", 1 / (len(CODECS) * len(lengths)))
+    return Observed(
+        layer_s={
+            key: {tokens: statistics.median(taken) for tokens, taken in table.items()}
+            for key, table in layers.items()
+        },
+        other_s={tokens: max(statistics.median(taken), 1e-6) for tokens, taken in others.items()},
+        disk_gbps=observe_disk(weights),
+    )
+
+
+def _take(
+    weights: Sequence[Weight],
+    units: Sequence[Unit],
+    tokens: int,
+    forward: Forward,
+    layers: Mapping[tuple[object, str], Mapping[int, list[float]]],
+    others: Mapping[int, list[float]],
+) -> None:
+    """Passes of one length: one watched, one not, again and again."""
+    clock = LayerClock(weights)
+    forward(tokens)
+    plain: list[float] = []
+    by_unit: dict[str, list[float]] = defaultdict(list)
+    end = time.perf_counter() + SECONDS_OF_A_LENGTH
+    while len(plain) < PASSES or (time.perf_counter() < end and len(plain) < PASSES_AT_MOST):
+        with clock.running() as seconds:
+            forward(tokens)
+        for name, taken in seconds.items():
+            by_unit[name].append(taken)
+        begin = time.perf_counter()
+        forward(tokens)
+        plain.append(time.perf_counter() - begin)
+    medians = {name: statistics.median(taken) for name, taken in by_unit.items()}
+    for weight, unit in zip(weights, units, strict=True):
+        place, codec = place_and_codec(weight.tier)
+        if place == "memory" and unit.name in medians:  # a streamed layer also waits for the disk
+            layers[(unit.kind, codec)][tokens].append(medians[unit.name])
+    others[tokens].append(statistics.median(plain) - sum(medians.values()))
+
+
+def _evenly(members: list[int], count: int) -> list[int]:
+    if len(members) <= count:
+        return members
+    return [members[(2 * i + 1) * len(members) // (2 * count)] for i in range(count)]
+
+
+@contextmanager
+def _restored(weights: Sequence[Weight]) -> Iterator[None]:
+    """Afterwards every weight is where it was."""
+    before: list[tuple[Weight, Tensor, Any]] = [
+        (weight, weight.module.payload, weight.module.resting if weight.module.is_in_file else None)
+        for weight in weights
+    ]
+    try:
+        yield
+    finally:
+        for weight, payload, streamed in before:
+            if streamed is None:
+                weight.rest_in_memory(payload)
+                continue
+            for module in weight.modules:
+                module.rest_in_file(payload, streamed)
+
+
+def observe_disk(weights: Sequence[Weight]) -> float | None:
+    """GB/s of the reads that streaming does, from the model's own files; None where no weight is in one."""
+    origins: dict[str, Any] = {}
+    nbytes = 0
+    for weight in weights:
+        if weight.origin is not None and not weight.is_looked_up and nbytes < DISK_READS_NBYTES:
+            origins[weight.name] = weight.origin
+            nbytes += weight.nbytes
+    if not origins:
+        return None
+    stream = HostStream(origins, SLOTS_NBYTES)
+    try:
+        stream.read_all()
+        return statistics.median(stream.read_all() for _ in range(DISK_LOOKS)) / 1e9
+    finally:
+        stream.close()

@@ -1,0 +1,171 @@
+"""Plans for a loaded model: describes it, takes its times, and lets the policy decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dcext.policy.decide import Budget, Decider
+from dcext.policy.machine import Machine, load_machine
+from dcext.policy.measure import tune
+from dcext.policy.plan import Plan
+from dcext.policy.predict import Observed, Predictor, Unit
+from dcext.runtime.budget import format_nbytes, free_memory, parse_nbytes
+from dcext.runtime.observe import Forward, Progress, describe, forward_of, observe
+from dcext.runtime.placement import other_nbytes, slots_for
+from dcext.runtime.weights import weights_of
+
+FREE_SHARE = 0.8  # of free memory, what an automatic plan takes
+DESCRIBING, OBSERVING = 0.5, 0.5  # shares of the work
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model and a machine, from which any number of plans can be made.
+
+    Attributes:
+        units: the payloads.
+        machine: its figures.
+        observed: times that were taken of the model itself; empty where none were.
+        others: bytes of the model that are not compressed.
+    """
+
+    units: list[Unit]
+    machine: Machine
+    observed: Observed
+    others: int
+
+    def predictor(self, threads: int | None = None) -> Predictor:
+        """Of times; by default with as many threads as torch has, on this machine."""
+        if threads is None and self.machine.identity:
+            threads = torch.get_num_threads()
+        return Predictor(self.machine, threads, self.observed)
+
+    def plan(
+        self,
+        *,
+        host_memory: int | str | None = None,
+        device_memory: int | str | None = None,
+        slowdown: float | None = None,
+        tokens: int = 1,
+        mix: Mapping[int, float] | None = None,
+    ) -> Plan:
+        """See ``plan``."""
+        mix = checked_mix(tokens, mix)
+        host = None if host_memory is None else parse_nbytes("host_memory", host_memory)
+        device = None if device_memory is None else parse_nbytes("device_memory", device_memory)
+        on_device = self.machine.device is not None
+        if device is not None and not on_device:
+            raise ValueError(
+                f"device_memory: expected a machine with a device, got {self.machine.name!r} without one"
+            )
+        if slowdown is not None and slowdown < 0:
+            raise ValueError(f"slowdown: expected at least 0, got {slowdown}")
+        objective = "least time in the memory that is free"
+        if host is None and slowdown is None and not on_device and self.machine.identity:
+            host = int(FREE_SHARE * (free_memory() + self.others))
+            objective += f", {format_nbytes(host)}"
+        elif slowdown is None:
+            sizes = [("host", host), ("device", device)]
+            bounds = [
+                f"{format_nbytes(n)} of {place} memory" for place, n in sizes if n is not None
+            ]
+            objective = f"least time in {' and '.join(bounds) or 'unbounded memory'}"
+        decider = Decider(self.predictor(), self.units, mix, self.others)
+        travel = 2 * max((unit.weights for unit in self.units), default=0) if on_device else 0
+        budget = Budget(host, device, self.others, slots_for(host), travel)
+        if slowdown is None:
+            return decider.plan(decider.within(budget), budget, objective)
+        bound = (1 + slowdown) * decider.mean_s(decider.int8())
+        objective = f"least memory, at most {slowdown:.1%} slower than plain INT8"
+        return decider.plan(decider.smallest_within(bound, budget), budget, objective)
+
+
+def checked_mix(tokens: int, mix: Mapping[int, float] | None) -> dict[int, float]:
+    """Passes by their number of tokens.
+
+    Raises:
+        ValueError: not positive numbers.
+    """
+    mix = {tokens: 1.0} if mix is None else dict(mix)
+    if not mix or any(n < 1 or not 0 < weight < float("inf") for n, weight in mix.items()):
+        raise ValueError(f"mix: expected positive numbers of passes by their tokens, got {mix}")
+    return mix
+
+
+def study(
+    model: nn.Module,
+    lengths: tuple[int, ...],
+    *,
+    machine: Machine | str | Path | None = None,
+    forward: Forward | None = None,
+    progress: Progress | None = None,
+) -> Study:
+    """Describes a model and takes its times, see ``plan``."""
+    report = progress or (lambda what, share: None)
+    weights = weights_of(model)
+    here = machine is None
+    if machine is None:
+        machine = tune()
+    elif not isinstance(machine, Machine):
+        machine = load_machine(machine)
+    units = describe(weights, lambda what, share: report(what, DESCRIBING * share))
+    observed = Observed()
+    if here:
+        forward = forward or forward_of(model)
+        observed = observe(
+            weights, units, lengths, forward, lambda what, share: report(what, OBSERVING * share)
+        )
+    return Study(units, machine, observed, other_nbytes(model))
+
+
+def plan(
+    model: nn.Module,
+    *,
+    host_memory: int | str | None = None,
+    device_memory: int | str | None = None,
+    slowdown: float | None = None,
+    tokens: int = 1,
+    mix: Mapping[int, float] | None = None,
+    machine: Machine | str | Path | None = None,
+    forward: Forward | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Chooses for each layer what to keep in memory, in which codec, and what to leave on the disk.
+
+    Codes every layer in every codec to know its exact size, runs a few passes of the model in which layers of each kind
+    have each codec, reads its files, and minimises the time that follows (``dcext.policy.predict``). Nothing is moved:
+    that is ``dcext.apply``.
+
+    Args:
+        model: a compressed model on the CPU.
+        host_memory: bytes for weights, or a size such as ``"4GiB"``; None for what is free, if there is no ``slowdown``.
+        device_memory: the same on the device, on a ``machine`` that has one.
+        slowdown: least memory instead of least time: a pass may take so much longer than with plain INT8 in memory (0.05
+            is 5 %); the budgets are kept as well.
+        tokens: of a forward pass.
+        mix: how many passes there are of each number of tokens, instead: ``{1: 200, 512: 1}``.
+        machine: a machine to plan for, or its JSON file; None for this one, measured (``tune``).
+        forward: runs a pass of so many tokens, for models that are not language models of transformers.
+        progress: called with what is done and its share of the whole.
+
+    Returns:
+        The plan: JSON with ``Plan.save``.
+
+    Raises:
+        BudgetError: nothing fits: by how much.
+        ValueError: an argument is not as above.
+    """
+    lengths = tuple(checked_mix(tokens, mix))
+    studied = study(model, lengths, machine=machine, forward=forward, progress=progress)
+    return studied.plan(
+        host_memory=host_memory,
+        device_memory=device_memory,
+        slowdown=slowdown,
+        tokens=tokens,
+        mix=mix,
+    )

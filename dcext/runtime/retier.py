@@ -1,0 +1,180 @@
+"""Moves the layers of a loaded model to where a plan wants them, between its forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from dcext.policy.plan import Plan
+from dcext.policy.predict import place_and_codec
+from dcext.runtime.host_stream import HostStream, StreamedWeight
+from dcext.runtime.passes import PassGate, gate_of
+from dcext.runtime.placement import (
+    OFFLOAD_ATTRIBUTE,
+    Offload,
+    offload_of,
+    other_nbytes,
+    slots_for,
+)
+from dcext.runtime.weights import Weight, weights_of
+
+PLAN_ATTRIBUTE = "dcext_plan"
+BATCH_NBYTES = 64 << 20  # of payloads that are made before they are exchanged
+CODECS = ("raw", "packed", "zstd")
+Progress = Callable[[int], None]
+
+
+def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> Offload:
+    """Moves every layer to its tier: recoded, unpacked, read into memory or left on the disk. Outputs stay the same bits.
+
+    May be called while the model runs in another thread: layers are exchanged between passes only, those that make room
+    first and a few at a time, so that memory never holds the model twice. What fails leaves a model that computes the same, some layers
+    moved and some not.
+
+    Args:
+        model: a compressed model on the CPU, any tiers.
+        plan: from ``dcext.plan`` or ``dcext.policy.plan.load_plan``. Layers that it does not name stay.
+        progress: called with the number of INT8 bytes whose layers are done since the last call.
+
+    Returns:
+        Where the weights are, as ``dcext.offload`` returns it.
+
+    Raises:
+        FormatError: a file is damaged.
+        ValueError: a layer or tier that the model does not have, or a plan for a device.
+    """
+    weights = weights_of(model)
+    _check(plan.tiers, weights)
+    moves = {weight.name: plan.tiers.get(weight.name, weight.tier) for weight in weights}
+    result = retier(model, weights, moves, slots_for(plan.host_memory), progress=progress)
+    setattr(model, PLAN_ATTRIBUTE, plan)
+    return result
+
+
+def plan_of(model: Any) -> Plan | None:
+    """The plan that was last applied to a model, or None."""
+    return getattr(model, PLAN_ATTRIBUTE, None)
+
+
+def _check(tiers: Mapping[str, str], weights: list[Weight]) -> None:
+    by_name = {weight.name: weight for weight in weights}
+    for name, tier in tiers.items():
+        if name not in by_name:
+            raise ValueError(f"plan: {name}: expected a compressed layer of the model, found none")
+        place, codec = place_and_codec(tier)
+        if place not in ("memory", "disk") or codec not in CODECS:
+            raise ValueError(
+                f"plan: {name}: expected memory/CODEC or disk/CODEC with a codec of {CODECS}, as the model runs on the "
+                f"CPU, found {tier!r}"
+            )
+        found = by_name[name].file_codec
+        if place == "disk" and codec != found:
+            raise ValueError(
+                f"plan: {name}: {tier!r}: expected codec {codec!r} in the model's file, found "
+                f"{'no file' if found is None else repr(found)}"
+            )
+
+
+def retier(
+    model: nn.Module,
+    weights: list[Weight],
+    tiers: Mapping[str, str],
+    slots_nbytes: int,
+    *,
+    page_cache: bool | None = None,
+    progress: Progress | None = None,
+) -> Offload:
+    """Moves layers to tiers that are known to exist; see ``apply``.
+
+    Args:
+        model: whose attribute says where they are.
+        weights: all of the model.
+        tiers: of each weight, by name.
+        slots_nbytes: to read into, where some are on disk and a stream must be made.
+        page_cache: as for ``dcext.offload``; None for as it is now.
+        progress: as for ``apply``.
+    """
+    report = progress or (lambda nbytes: None)
+    gate = gate_of(model)
+    streamed = [weight for weight in weights if tiers[weight.name].startswith("disk/")]
+    stream = _stream_for(offload_of(model), streamed, slots_nbytes, page_cache)
+    if stream is not None:
+        with gate.between_passes():
+            for unit, weight in enumerate(streamed):
+                _leave_in_file(weight, StreamedWeight(stream, unit))
+        for weight in streamed:
+            report(weight.module.num_weights)
+    _to_memory(gate, [w for w in weights if w not in streamed], tiers, report)
+    result = _offload(model, weights, stream)
+    setattr(model, OFFLOAD_ATTRIBUTE, result)
+    return result
+
+
+def _stream_for(
+    before: Offload | None, streamed: list[Weight], slots_nbytes: int, page_cache: bool | None
+) -> HostStream | None:
+    """The stream that there is, where it reads the same, else a new one."""
+    if not streamed:
+        return None
+    stream = None if before is None else before.stream
+    if page_cache is None:
+        page_cache = stream is not None and stream.page_cache
+    names = [weight.name for weight in streamed]
+    if stream is not None and list(stream.names) == names and stream.page_cache == page_cache:
+        return stream
+    origins = {weight.name: weight.origin for weight in streamed if weight.origin is not None}
+    return HostStream(origins, slots_nbytes, page_cache=page_cache)
+
+
+def _leave_in_file(weight: Weight, streamed: StreamedWeight) -> None:
+    assert weight.origin is not None
+    resting = weight.module.resting
+    if isinstance(resting, StreamedWeight) and resting.stream is streamed.stream:
+        return
+    view = weight.origin.view()
+    for module in weight.modules:
+        module.rest_in_file(view, streamed)
+
+
+def _to_memory(
+    gate: PassGate, weights: list[Weight], tiers: Mapping[str, str], report: Progress
+) -> None:
+    """Recodes in batches, what shrinks first."""
+    wanted = {weight.name: place_and_codec(tiers[weight.name])[1] for weight in weights}
+    moving = [w for w in weights if w.tier != tiers[w.name]]
+    for weight in weights:
+        if weight.tier == tiers[weight.name]:
+            report(weight.module.num_weights)
+
+    def grows(weight: Weight) -> tuple[bool, int]:
+        shrinks = not weight.module.is_in_file and wanted[weight.name] != "raw"
+        return not shrinks, CODECS[::-1].index(wanted[weight.name])
+
+    batch: list[tuple[Weight, Tensor]] = []
+    for weight in sorted(moving, key=grows):
+        batch.append((weight, weight.payload(wanted[weight.name])))
+        if sum(payload.nbytes for _, payload in batch) >= BATCH_NBYTES:
+            _exchange(gate, batch)
+        report(weight.module.num_weights)
+    _exchange(gate, batch)
+
+
+def _exchange(gate: PassGate, batch: list[tuple[Weight, Tensor]]) -> None:
+    if batch:
+        with gate.between_passes():
+            for weight, payload in batch:
+                weight.rest_in_memory(payload)
+    batch.clear()
+
+
+def _offload(model: nn.Module, weights: list[Weight], stream: HostStream | None) -> Offload:
+    in_memory = sum(w.module.payload.nbytes for w in weights if not w.module.is_in_file)
+    slots = 0 if stream is None else stream.slots_nbytes
+    return Offload(
+        tiers={weight.name: place_and_codec(weight.tier)[0] for weight in weights},
+        nbytes={weight.name: weight.module.payload.nbytes for weight in weights},
+        memory_nbytes=other_nbytes(model) + in_memory + slots,
+        stream=stream,
+    )

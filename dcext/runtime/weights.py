@@ -1,0 +1,100 @@
+"""The payloads of a model, and the modules that share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dcext.codec import decode, encode, payload_info
+from dcext.nn.compressed import CompressedModule
+from dcext.nn.embedding import DCEmbedding
+from dcext.runtime.origin import Origin, to_weight_memory
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A payload and the modules that share it.
+
+    Attributes:
+        name: of the first module.
+        modules: all of them.
+        origin: where it can be read from a file; None if it is in none.
+    """
+
+    name: str
+    modules: list[CompressedModule]
+    origin: Origin | None
+
+    @property
+    def module(self) -> CompressedModule:
+        """The first."""
+        return self.modules[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload in its file, or where it is if it is in none."""
+        return self.module.payload.nbytes if self.origin is None else self.origin.nbytes
+
+    @property
+    def file_codec(self) -> str | None:
+        """The codec of the payload in its file; None if it is in none."""
+        return None if self.origin is None else payload_info(self.origin.view())["codec"]
+
+    @property
+    def tier(self) -> str:
+        """Where it is on a machine without a device: ``"memory/zstd"``, ``"disk/packed"`` .."""
+        return f"{'disk' if self.module.is_in_file else 'memory'}/{self.module.codec}"
+
+    @property
+    def is_looked_up(self) -> bool:
+        """Whether a token needs a few rows of it only."""
+        return all(isinstance(module, DCEmbedding) for module in self.modules)
+
+    def qweight(self) -> Tensor:
+        """Its integers ``(out_features, in_features)`` int8, decoded from where they are."""
+        if self.module.is_in_file and self.origin is not None:
+            return decode(self.origin.view())
+        return self.module.qweight()
+
+    def payload(self, codec: str, progress: Callable[[int], None] | None = None) -> Tensor:
+        """A payload of a codec in memory: the module's own, or read from the file, or coded anew.
+
+        Args:
+            codec: ``"raw"``, ``"packed"`` or ``"zstd"``.
+            progress: called with the bytes that were read from a file.
+        """
+        if self.module.codec == codec and not self.module.is_in_file:
+            return self.module.payload
+        if self.origin is not None and self.file_codec == codec:
+            return self.origin.load(progress)
+        return to_weight_memory(encode(self.qweight(), codec))
+
+    def rest_in_memory(self, payload: Tensor) -> None:
+        """Gives all modules a payload of the same integers."""
+        for module in self.modules:
+            module.rest_in_memory(payload)
+
+
+def weights_of(model: nn.Module) -> list[Weight]:
+    """All payloads, in the order of the modules that use them.
+
+    Raises:
+        ValueError: a module is not on the CPU, or none is compressed.
+    """
+    found: dict[object, Weight] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, CompressedModule):
+            continue
+        if module.row_scale.device.type != "cpu":
+            raise ValueError(f"{name}: expected the CPU, got a module on {module.row_scale.device}")
+        origin = module.origin
+        key = id(module.payload) if origin is None else (id(origin.reader), origin.name)
+        if key in found:
+            found[key].modules.append(module)
+        else:
+            found[key] = Weight(name, [module], origin)
+    if not found:
+        raise ValueError("model: expected compressed layers, found none")
+    return list(found.values())
