@@ -113,7 +113,7 @@ class WeightStream final : public ReadThreads::Client {
   bool take_from_expected();
   bool take_from_idle();
   bool make_room(Use& use, bool waited);
-  bool has_work() const;
+  bool has_enough_work() const;
   void count_time(int64_t* total, int before, int after, int64_t* since);
 
   const std::vector<std::vector<Piece>> units_;
