@@ -16,12 +16,17 @@ _gates: weakref.WeakKeyDictionary[nn.Module, PassGate] = weakref.WeakKeyDictiona
 class PassGate:
     """Lets passes of a model run side by side, and changes of its layers while none does."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Adds hooks to the model, which know of passes that begin from now on."""
+    def __init__(self) -> None:
         self._free = threading.Condition()
         self._running = 0
         self._changing = False
         self._depth = threading.local()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PassGate, ()  # a copy of a model has a gate of its own, which is open
+
+    def attach(self, model: nn.Module) -> None:
+        """Adds hooks to a model, which know of passes that begin from now on."""
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end, always_call=True)
 
@@ -66,5 +71,6 @@ class PassGate:
 def gate_of(model: nn.Module) -> PassGate:
     """The gate of a model; made on first use, which must not be while a pass runs."""
     if model not in _gates:
-        _gates[model] = PassGate(model)
+        _gates[model] = PassGate()
+        _gates[model].attach(model)
     return _gates[model]

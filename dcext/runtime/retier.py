@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from dcext.policy.plan import Plan
 from dcext.policy.predict import place_and_codec
 from dcext.runtime.host_stream import HostStream, StreamedWeight
-from dcext.runtime.passes import PassGate, gate_of
+from dcext.runtime.passes import gate_of
 from dcext.runtime.placement import (
     OFFLOAD_ATTRIBUTE,
     Offload,
@@ -24,6 +25,7 @@ PLAN_ATTRIBUTE = "dcext_plan"
 BATCH_NBYTES = 64 << 20  # of payloads that are made before they are exchanged
 CODECS = ("raw", "packed", "zstd")
 Progress = Callable[[int], None]
+Between = Callable[[], AbstractContextManager[None]]
 
 
 def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> Offload:
@@ -48,7 +50,9 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
     weights = weights_of(model)
     _check(plan.tiers, weights)
     moves = {weight.name: plan.tiers.get(weight.name, weight.tier) for weight in weights}
-    result = retier(model, weights, moves, slots_for(plan.host_memory), progress=progress)
+    gate = gate_of(model)
+    slots = slots_for(plan.host_memory)
+    result = retier(model, weights, moves, slots, between=gate.between_passes, progress=progress)
     setattr(model, PLAN_ATTRIBUTE, plan)
     return result
 
@@ -84,6 +88,7 @@ def retier(
     slots_nbytes: int,
     *,
     page_cache: bool | None = None,
+    between: Between = nullcontext,
     progress: Progress | None = None,
 ) -> Offload:
     """Moves layers to tiers that are known to exist; see ``apply``.
@@ -94,21 +99,23 @@ def retier(
         tiers: of each weight, by name.
         slots_nbytes: to read into, where some are on disk and a stream must be made.
         page_cache: as for ``dcext.offload``; None for as it is now.
+        between: a context in which layers may be exchanged.
         progress: as for ``apply``.
     """
     report = progress or (lambda nbytes: None)
-    gate = gate_of(model)
     streamed = [weight for weight in weights if tiers[weight.name].startswith("disk/")]
     stream = _stream_for(offload_of(model), streamed, slots_nbytes, page_cache)
-    if stream is not None:
-        with gate.between_passes():
-            for unit, weight in enumerate(streamed):
-                _leave_in_file(weight, StreamedWeight(stream, unit))
-        for weight in streamed:
-            report(weight.module.num_weights)
-    _to_memory(gate, [w for w in weights if w not in streamed], tiers, report)
-    result = _offload(model, weights, stream)
-    setattr(model, OFFLOAD_ATTRIBUTE, result)
+    try:
+        if stream is not None:
+            with between():
+                for unit, weight in enumerate(streamed):
+                    _leave_in_file(weight, StreamedWeight(stream, unit))
+            for weight in streamed:
+                report(weight.module.num_weights)
+        _to_memory(between, [w for w in weights if w not in streamed], tiers, report)
+    finally:
+        result = _offload(model, weights, stream)
+        setattr(model, OFFLOAD_ATTRIBUTE, result)
     return result
 
 
@@ -139,7 +146,7 @@ def _leave_in_file(weight: Weight, streamed: StreamedWeight) -> None:
 
 
 def _to_memory(
-    gate: PassGate, weights: list[Weight], tiers: Mapping[str, str], report: Progress
+    between: Between, weights: list[Weight], tiers: Mapping[str, str], report: Progress
 ) -> None:
     """Recodes in batches, what shrinks first."""
     wanted = {weight.name: place_and_codec(tiers[weight.name])[1] for weight in weights}
@@ -156,14 +163,14 @@ def _to_memory(
     for weight in sorted(moving, key=grows):
         batch.append((weight, weight.payload(wanted[weight.name])))
         if sum(payload.nbytes for _, payload in batch) >= BATCH_NBYTES:
-            _exchange(gate, batch)
+            _exchange(between, batch)
         report(weight.module.num_weights)
-    _exchange(gate, batch)
+    _exchange(between, batch)
 
 
-def _exchange(gate: PassGate, batch: list[tuple[Weight, Tensor]]) -> None:
+def _exchange(between: Between, batch: list[tuple[Weight, Tensor]]) -> None:
     if batch:
-        with gate.between_passes():
+        with between():
             for weight, payload in batch:
                 weight.rest_in_memory(payload)
     batch.clear()
