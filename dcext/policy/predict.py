@@ -72,7 +72,8 @@ class Observed:
         other_s: seconds of a pass outside of layers, by number of tokens.
         scale: by which a codec's layers have become slower since, by codec.
         other_scale: the same of ``other_s``.
-        disk_gbps: what reading layers from files really gave; None where nothing was read.
+        disk_gbps: what reading layers from files gave while the model ran; None where nothing was read.
+        read_s: by how much a layer is slower when it is read meanwhile and the disk keeps up: threads wake, processors are shared.
     """
 
     layer_s: dict[tuple[object, str], dict[int, float]] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Observed:
     scale: dict[str, float] = field(default_factory=dict)
     other_scale: float = 1.0
     disk_gbps: float | None = None
+    read_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ class Predictor:
         verify_s = 1 / (self.machine.verify_gbps * 1e9) if self.machine.verify_gbps else 0.0
         checks = HOST if self.machine.device is not None else COMPUTE
         taken[DISK] += unit.multiplied * nbytes * disk_s
-        taken[checks] += unit.multiplied * nbytes * verify_s
+        taken[checks] += unit.multiplied * (nbytes * verify_s + self.observed.read_s)
         if unit.looked_up:
             # Nobody knows ahead which panels: what runs waits for them.
             panels = min(tokens, unit.panels)

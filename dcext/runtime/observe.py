@@ -17,6 +17,7 @@ from dcext.codec import encode, payload_info
 from dcext.policy.predict import Observed, Unit, place_and_codec
 from dcext.runtime.host_stream import HostStream
 from dcext.runtime.placement import SLOTS_NBYTES
+from dcext.runtime.retier import retier
 from dcext.runtime.weights import Weight
 
 CODECS = ("raw", "packed", "zstd")
@@ -24,6 +25,8 @@ SAMPLES = 6  # units of a kind whose codecs are changed: a multiple of the codec
 PASSES, PASSES_AT_MOST = 3, 12
 SECONDS_OF_A_LENGTH = 1.0  # in each rotation; more passes than three only so long
 DISK_READS_NBYTES, DISK_LOOKS = 512 << 20, 3
+FEW = 4  # one in so many layers is read from the disk, to see what that costs if the disk keeps up
+BOUND = 1.1  # a pass so much longer than what it computes waits for the disk
 Forward = Callable[[int], object]
 Progress = Callable[[str, float], None]
 
@@ -166,7 +169,6 @@ def observe(
             for key, table in layers.items()
         },
         other_s={tokens: max(statistics.median(taken), 1e-6) for tokens, taken in others.items()},
-        disk_gbps=observe_disk(weights),
     )
 
 
@@ -240,3 +242,67 @@ def observe_disk(weights: Sequence[Weight]) -> float | None:
         return statistics.median(stream.read_all() for _ in range(DISK_LOOKS)) / 1e9
     finally:
         stream.close()
+
+
+@torch.inference_mode()
+def observe_streaming(
+    model: nn.Module,
+    weights: Sequence[Weight],
+    tokens: int,
+    forward: Forward,
+    verify_gbps: float,
+) -> tuple[float | None, float]:
+    """What layers on the disk cost a pass of a real model, of which no layer is on the disk now.
+
+    A few layers there show by how much each is slower though the disk keeps up; all of them, what the disk gives while
+    processors compute, if it is then what the pass waits for.
+
+    Args:
+        model: it is as before afterwards.
+        weights: all of it.
+        tokens: of a pass; the fewer, the less time there is to hide reads.
+        forward: runs a pass.
+        verify_gbps: comparing bytes with their checksums.
+
+    Returns:
+        GB/s, and seconds for each layer on the disk; None and 0 where no layer is in a file.
+    """
+    free_gbps = observe_disk(weights)
+    if free_gbps is None:
+        return None, 0.0
+    before = {weight.name: weight.tier for weight in weights}
+    kept = [(weight, weight.module.payload) for weight in weights]
+    layers = [weight for weight in weights if weight.origin is not None and not weight.is_looked_up]
+
+    def with_disk(streamed: Sequence[Weight]) -> tuple[float, float]:
+        """Seconds of a pass, and bytes that it reads."""
+        tiers = before | {weight.name: f"disk/{weight.file_codec}" for weight in streamed}
+        retier(model, list(weights), tiers, SLOTS_NBYTES)
+        return _median_s(forward, tokens), sum(weight.nbytes for weight in streamed)
+
+    try:
+        plain_s, _ = with_disk([])
+        few = layers[FEW // 2 :: FEW]
+        few_s, few_nbytes = with_disk(few)
+        slower = few_s - plain_s - few_nbytes / (verify_gbps * 1e9)
+        hidden = few_nbytes / (free_gbps * 1e9) < few_s
+        read_s = max(slower, 0.0) / len(few) if hidden else 0.0
+        all_s, all_nbytes = with_disk(layers)
+        computed_s = plain_s + len(layers) * read_s + all_nbytes / (verify_gbps * 1e9)
+        waits = all_s > BOUND * computed_s
+        return (all_nbytes / all_s / 1e9 if waits else free_gbps), read_s
+    finally:
+        for weight, payload in kept:
+            weight.rest_in_memory(payload)
+        retier(model, list(weights), before, SLOTS_NBYTES)
+
+
+def _median_s(forward: Forward, tokens: int) -> float:
+    forward(tokens)
+    taken: list[float] = []
+    end = time.perf_counter() + SECONDS_OF_A_LENGTH
+    while len(taken) < PASSES or (time.perf_counter() < end and len(taken) < 4 * PASSES_AT_MOST):
+        begin = time.perf_counter()
+        forward(tokens)
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken)

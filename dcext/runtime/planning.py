@@ -15,7 +15,15 @@ from dcext.policy.measure import tune
 from dcext.policy.plan import Plan
 from dcext.policy.predict import Observed, Predictor, Unit
 from dcext.runtime.budget import format_nbytes, free_memory, parse_nbytes
-from dcext.runtime.observe import Forward, Progress, describe, forward_of, observe
+from dcext.runtime.observe import (
+    Forward,
+    Progress,
+    describe,
+    forward_of,
+    observe,
+    observe_disk,
+    observe_streaming,
+)
 from dcext.runtime.placement import other_nbytes, slots_for
 from dcext.runtime.weights import weights_of
 
@@ -120,6 +128,12 @@ def study(
         observed = observe(
             weights, units, lengths, forward, lambda what, share: report(what, OBSERVING * share)
         )
+        if not any(weight.module.is_in_file for weight in weights):
+            verify_gbps = machine.verify_gbps or float("inf")
+            found = observe_streaming(model, weights, min(lengths), forward, verify_gbps)
+            observed.disk_gbps, observed.read_s = found
+        else:
+            observed.disk_gbps = observe_disk(weights)
     return Study(units, machine, observed, other_nbytes(model))
 
 
