@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dcext.policy.plan import Plan, PlannedLayer, PlannedPass
 from dcext.policy.predict import (
     COMPUTE,
+    DISK,
     RESOURCES,
     Predictor,
     Unit,
     place_and_codec,
 )
-from dcext.policy.solve import Choice, Floats, Problem, solve
+from dcext.policy.solve import Choice, Floats, Problem, solutions
 
 BISECTIONS = 14  # of memory, for a bound of time: finer than one layer in thousands
 SPREAD_LOSES = 1e-3  # relative time that an even order may cost
+SLOWER_DISK = 1.4
+MOVES = 200  # predictions of whole passes, of a few tenths of a millisecond
+MOVE_GAINS = 1e-6
 UNBOUNDED = 1 << 62
 
 
@@ -77,15 +81,10 @@ class Decider:
         count, workloads = len(self.units), list(self.mix)
         time = np.full((count + 1, most, len(RESOURCES), len(workloads)), np.inf)
         memory = np.zeros((count + 1, most, 2))
-        same: dict[tuple[object, ...], Floats] = {}
         for i, unit in enumerate(self.units):
             for j, tier in enumerate(self.tiers[i]):
                 for w, tokens in enumerate(workloads):
-                    nbytes = unit.nbytes[place_and_codec(tier)[1]]
-                    key = (unit.kind, tier, nbytes, tokens)
-                    if key not in same:
-                        same[key] = self.predictor.seconds(unit, tier, tokens)
-                    time[i, j, :, w] = same[key]
+                    time[i, j, :, w] = self.predictor.seconds(unit, tier, tokens)
                 memory[i, j] = self.predictor.memory(unit, tier)
         time[count, 0] = 0.0
         time[count, 0, COMPUTE] = [self.predictor.other_s(tokens) for tokens in workloads]
@@ -111,6 +110,9 @@ class Decider:
     def within(self, budget: Budget) -> dict[str, str]:
         """The fastest tiers within a budget.
 
+        Candidates come from the model of resources that overlap wholly; of them, and of what is a move away, the best by
+        the whole prediction is taken.
+
         Raises:
             BudgetError: not even the smallest fit: by how much.
         """
@@ -118,16 +120,49 @@ class Decider:
         for problem in self._problems(budget):
             if (problem.budget < 0).any():
                 continue
-            choice = solve(problem)
-            if choice is None:
-                continue
-            choice = self._spread(problem, choice)
-            seconds = problem.seconds(choice)
-            if best is None or seconds < best[0]:
-                best = seconds, self._named(choice)
+            for choice in solutions(problem):
+                tiers = self._named(self._spread(problem, choice))
+                seconds = self.mean_s(tiers)
+                if best is None or seconds < best[0]:
+                    best = seconds, tiers
         if best is None:
             raise BudgetError(self._shortfall(budget))
-        return best[1]
+        return self._improved(best[1], best[0], budget)
+
+    def _improved(self, tiers: dict[str, str], seconds: float, budget: Budget) -> dict[str, str]:
+        """Single moves that fit and are faster by the whole prediction; only so many are tried, kinds in turns."""
+        if not any(tier.startswith("disk/") for tier in tiers.values()) or self.on_device:
+            return tiers  # there is nothing that candidates do not know
+        left = MOVES
+        moved = True
+        while moved and left > 0:
+            moved = False
+            for i in self._in_turns():
+                unit = self.units[i]
+                for tier in self.tiers[i]:
+                    other = tiers | {unit.name: tier}
+                    if tier == tiers[unit.name] or not self._fits(other, budget):
+                        continue
+                    left -= 1
+                    taken = self.mean_s(other)
+                    if taken < seconds * (1 - MOVE_GAINS):
+                        tiers, seconds, moved = other, taken, True
+                if left <= 0:
+                    break
+        return tiers
+
+    def _in_turns(self) -> list[int]:
+        """Units, the first of every kind first, then the second .."""
+        seen: dict[object, int] = defaultdict(int)
+        turn = []
+        for i, unit in enumerate(self.units):
+            turn.append((seen[unit.kind], i))
+            seen[unit.kind] += 1
+        return [i for _, i in sorted(turn)]
+
+    def _fits(self, tiers: Mapping[str, str], budget: Budget) -> bool:
+        host, _ = self.nbytes(tiers, budget)
+        return budget.host is None or host <= budget.host
 
     def _problems(self, budget: Budget) -> Iterator[Problem]:
         """With the tiers that a budget may call for; reads and travels cost memory even if little uses them."""
@@ -135,7 +170,19 @@ class Decider:
         for travel in (False, True) if self.on_device else (False,):
             yield self.problem(budget, disk=False, travel=travel)
         if on_disk:
-            yield self.problem(budget, disk=True, travel=self.on_device)
+            whole = self.problem(budget, disk=True, travel=self.on_device)
+            yield whole
+            if not self.on_device:
+                # The disk as if slower, and nothing on it that its slots cannot hold: of what cannot overlap, less.
+                slower, small = whole.time.copy(), whole.time.copy()
+                slower[:, :, DISK] *= SLOWER_DISK
+                for i, unit in enumerate(self.units):
+                    if unit.multiplied and min(unit.nbytes.values()) > budget.slots:
+                        small[
+                            i, [j for j, t in enumerate(self.tiers[i]) if t.startswith("disk/")]
+                        ] = np.inf
+                yield replace(whole, time=slower)
+                yield replace(whole, time=small)
 
     def smallest(self, budget: Budget) -> int:
         """Bytes of host memory below which nothing fits, if there is room on the device."""

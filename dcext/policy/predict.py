@@ -5,7 +5,8 @@ disk, and the host where it decodes for a device. A pass in which they overlap t
 
     pipelined_s = max(other_s + sum compute_s, sum link_s, sum disk_s, sum host_s)
 
-and one in which they wait for each other the sum of all. ``other_s`` is what is not a compressed layer: attention, norms,
+and one in which they wait for each other the sum of all. Where a CPU reads layers from the disk, ``dcext.policy.timeline``
+adds what cannot overlap, since no more is read ahead than its slots hold. ``other_s`` is what is not a compressed layer: attention, norms,
 Python. For one layer of M int8 bytes, ratio r, link B_l and decode B_d these are the design's ``max(L, D, T_c)`` and
 ``L + D + T_c`` with ``L = M / (r B_l)``, ``D = M / B_d``.
 """
@@ -18,10 +19,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dcext.policy.machine import Machine, interpolate
+from dcext.policy.machine import Machine, Processor, Table, interpolate
+from dcext.policy.timeline import SLOTS, pass_s
 
 RESOURCES = ("compute", "link", "disk", "host")
 COMPUTE, LINK, DISK, HOST = range(len(RESOURCES))
+WAITS = 1.02  # a pass so much longer than its slowest resource waits for the disk
 HOST_DECODE = "host/zstd, decoded there"
 # A read that nobody knew of ahead: what a disk of any speed takes to begin (NVMe 0.1 ms, network disks more).
 LOOKUP_LATENCY_S = 2e-4
@@ -70,16 +73,16 @@ class Observed:
     Attributes:
         layer_s: seconds of a unit by its kind and codec, and number of tokens.
         other_s: seconds of a pass outside of layers, by number of tokens.
-        scale: by which a codec's layers have become slower since, by codec.
-        other_scale: the same of ``other_s``.
+        threads: that there were then; None for all.
+        scale: by which computing has become slower since, by number of tokens.
         disk_gbps: what reading layers from files gave while the model ran; None where nothing was read.
         read_s: by how much a layer is slower when it is read meanwhile and the disk keeps up: threads wake, processors are shared.
     """
 
     layer_s: dict[tuple[object, str], dict[int, float]] = field(default_factory=dict)
     other_s: dict[int, float] = field(default_factory=dict)
-    scale: dict[str, float] = field(default_factory=dict)
-    other_scale: float = 1.0
+    threads: int | None = None
+    scale: dict[int, float] = field(default_factory=dict)
     disk_gbps: float | None = None
     read_s: float = 0.0
 
@@ -92,16 +95,13 @@ class Prediction:
         tokens: of the pass.
         other_s: seconds outside of layers.
         resources_s: seconds of each of ``RESOURCES``, ``other_s`` included in that which computes.
+        pipelined_s: seconds where resources overlap, as they do.
     """
 
     tokens: int
     other_s: float
     resources_s: tuple[float, ...]
-
-    @property
-    def pipelined_s(self) -> float:
-        """Seconds where resources overlap, as they do."""
-        return max(self.resources_s)
+    pipelined_s: float
 
     @property
     def serial_s(self) -> float:
@@ -110,19 +110,27 @@ class Prediction:
 
     @property
     def binds(self) -> str:
-        """The resource that decides."""
-        return RESOURCES[int(np.argmax(self.resources_s))]
+        """The resource that decides; the disk also where a CPU waits for it though it is idle at other times."""
+        waits = self.resources_s[DISK] > 0 and self.pipelined_s > WAITS * max(self.resources_s)
+        return "disk" if waits else RESOURCES[int(np.argmax(self.resources_s))]
 
 
 class Predictor:
     """Times of units on a machine; corrected by what was observed."""
 
     def __init__(
-        self, machine: Machine, threads: int | None = None, observed: Observed | None = None
+        self,
+        machine: Machine,
+        threads: int | None = None,
+        observed: Observed | None = None,
+        slots_nbytes: int = 16 << 20,
     ) -> None:
+        """Args: slots_nbytes: memory to read layers into."""
         self.machine = machine
+        self.slots_nbytes = slots_nbytes
         self.host = machine.host_with(threads)
         self.observed = observed or Observed()
+        self._known: dict[tuple[object, ...], Seconds] = {}
 
     @property
     def disk_gbps(self) -> float | None:
@@ -151,9 +159,11 @@ class Predictor:
             place
         ]
 
-    def modelled_s(self, unit: Unit, codec: str, tokens: int) -> float:
-        """Seconds of a unit's layers where the model runs, its bytes being there, by the machine's figures."""
-        processor = self.machine.device or self.host
+    def modelled_s(
+        self, unit: Unit, codec: str, tokens: int, processor: Processor | None = None
+    ) -> float:
+        """Seconds of a unit's layers where the model runs, its bytes being there, by the machine's figures alone."""
+        processor = processor or self.machine.device or self.host
         nbytes = unit.nbytes[codec]
         taken = unit.multiplied * processor.seconds(codec, unit.weights, nbytes, tokens)
         decode = processor.decode_gweights.get(codec)
@@ -163,23 +173,32 @@ class Predictor:
         return taken
 
     def compute_s(self, unit: Unit, codec: str, tokens: int) -> float:
-        """``modelled_s``, corrected by what was observed of units of its kind."""
-        scale = self.observed.scale.get(codec, 1.0)
-        modelled = self.modelled_s(unit, codec, tokens)
+        """``modelled_s``, corrected by what was observed of units of its kind, and by what changed since."""
         observed = self.observed.layer_s.get((unit.kind, codec))
+        modelled = self.modelled_s(unit, codec, tokens)
         if not observed:
-            return scale * modelled
-        if tokens in observed:
-            return scale * observed[tokens]
+            return self.scale(tokens) * modelled
+        then = self.machine.device or self.machine.host_with(self.observed.threads)
         factors = {
-            n: seconds / max(self.modelled_s(unit, codec, n), 1e-9)
+            n: seconds / max(self.modelled_s(unit, codec, n, then), 1e-9)
             for n, seconds in observed.items()
         }
-        inside = min(max(tokens, min(factors)), max(factors))
-        return scale * modelled * interpolate(factors, inside)
+        return self.scale(tokens) * modelled * _between(factors, tokens)
+
+    def scale(self, tokens: int) -> float:
+        """By which computing is slower than what was observed or measured."""
+        return _between(self.observed.scale, tokens) if self.observed.scale else 1.0
 
     def seconds(self, unit: Unit, tier: str, tokens: int) -> Seconds:
-        """Seconds of each of ``RESOURCES``, ``(4,)``."""
+        """Seconds of each of ``RESOURCES``, ``(4,)``; not to be modified."""
+        nbytes = unit.nbytes[place_and_codec(tier)[1]]
+        key = (unit.kind, unit.panels, nbytes, tier, tokens)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._seconds(unit, tier, tokens)
+        return known
+
+    def _seconds(self, unit: Unit, tier: str, tokens: int) -> Seconds:
         taken = np.zeros(len(RESOURCES))
         place, codec = place_and_codec(tier)
         nbytes = unit.nbytes[codec]
@@ -211,17 +230,45 @@ class Predictor:
     def other_s(self, tokens: int) -> float:
         """Seconds of a pass outside of layers; 0 where nothing was observed."""
         known = self.observed.other_s
-        return self.observed.other_scale * interpolate(known, tokens) if known else 0.0
+        return self.scale(tokens) * interpolate(known, tokens) if known else 0.0
 
     def predict(self, units: Sequence[Unit], tiers: Mapping[str, str], tokens: int) -> Prediction:
         """A forward pass with each unit in its tier."""
         other = self.other_s(tokens)
-        total = sum(
-            (self.seconds(unit, tiers[unit.name], tokens) for unit in units),
-            np.zeros(len(RESOURCES)),
-        )
+        taken = np.array([self.seconds(unit, tiers[unit.name], tokens) for unit in units])
+        taken = taken.reshape(-1, len(RESOURCES))
+        total = taken.sum(axis=0)
         total[COMPUTE] += other
-        return Prediction(tokens, other, tuple(float(seconds) for seconds in total))
+        pipelined = float(total.max())
+        if self.machine.device is None and total[DISK] > 0:
+            pipelined = self._timeline_s(units, tiers, taken, other)
+        resources = tuple(float(seconds) for seconds in total)
+        return Prediction(tokens, other, resources, pipelined)
+
+    def _timeline_s(
+        self, units: Sequence[Unit], tiers: Mapping[str, str], taken: Seconds, other: float
+    ) -> float:
+        """Embeddings come first and their heads last; what is not a layer is spread over all."""
+        read = [_read_nbytes(unit, tiers[unit.name]) for unit in units]
+        compute = taken[:, COMPUTE] + other / len(units)
+        order = sorted(range(len(units)), key=lambda i: units[i].looked_up > 0)
+        return pass_s(
+            [float(compute[i]) for i in order],
+            [read[i] for i in order],
+            float(self.disk_gbps or 0.0) * 1e9,
+            self.slots_nbytes // SLOTS,
+        )
+
+
+def _read_nbytes(unit: Unit, tier: str) -> int:
+    """Bytes that a pass reads of it from the disk, rows that are looked up aside."""
+    place, codec = place_and_codec(tier)
+    return unit.multiplied * unit.nbytes[codec] if place == "disk" else 0
+
+
+def _between(factors: Table, tokens: int) -> float:
+    """A factor at a number of tokens; beyond the ends that of the end."""
+    return interpolate(factors, min(max(tokens, min(factors)), max(factors)))
 
 
 def place_and_codec(tier: str) -> tuple[str, str]:

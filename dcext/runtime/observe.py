@@ -168,6 +168,7 @@ def observe(
             key: {tokens: statistics.median(taken) for tokens, taken in table.items()}
             for key, table in layers.items()
         },
+        threads=torch.get_num_threads(),
         other_s={tokens: max(statistics.median(taken), 1e-6) for tokens, taken in others.items()},
     )
 

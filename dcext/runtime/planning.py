@@ -47,11 +47,10 @@ class Study:
     observed: Observed
     others: int
 
-    def predictor(self, threads: int | None = None) -> Predictor:
-        """Of times; by default with as many threads as torch has, on this machine."""
-        if threads is None and self.machine.identity:
-            threads = torch.get_num_threads()
-        return Predictor(self.machine, threads, self.observed)
+    def predictor(self, host_memory: int | None = None) -> Predictor:
+        """Of times, with as many threads as torch has on this machine, and room to read into as the budget gives."""
+        threads = torch.get_num_threads() if self.machine.identity else None
+        return Predictor(self.machine, threads, self.observed, slots_for(host_memory))
 
     def plan(
         self,
@@ -83,7 +82,7 @@ class Study:
                 f"{format_nbytes(n)} of {place} memory" for place, n in sizes if n is not None
             ]
             objective = f"least time in {' and '.join(bounds) or 'unbounded memory'}"
-        decider = Decider(self.predictor(), self.units, mix, self.others)
+        decider = Decider(self.predictor(host), self.units, mix, self.others)
         travel = 2 * max((unit.weights for unit in self.units), default=0) if on_device else 0
         budget = Budget(host, device, self.others, slots_for(host), travel)
         if slowdown is None:
