@@ -1,0 +1,317 @@
+"""Does the policy predict, and choose, well? On a real model, against the clock.
+
+    python bench/policy.py [--questions accuracy,choice,pareto] [--models zstd,packed] [--output FILE.json] [--smoke]
+
+SmolLM2-135M-Instruct as `dcext compress` makes it for each codec, made once in build/policy. Layers are moved from tier to
+tier within one process, in random order and several rounds, since the speed of shared machines drifts by a third within
+minutes. Three questions:
+
+- accuracy: predicted against measured time of passes, for placements of all kinds. Predictions are made before the clock
+  runs, as they follow from `dcext plan`, and once more corrected by what passes of the placements before took.
+- choice: the plan for a budget against 30 random ones that take the same memory.
+- pareto: plans over the budget, against the uniform share of the paper and all-or-nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+from collections import defaultdict, deque
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "third_party"))
+
+from hardware import ROOT, hardware_line
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rowfile import Row, RowFile
+from whole.placing import Rig, Tiers
+from whole.policy_models import policy_model
+
+QUESTIONS = ("accuracy", "choice", "pareto")
+LENGTHS = (1, 16, 512)
+MIX = {1: 128.0, 512: 1.0}  # a prompt, and an answer of a quarter of its length
+SHARES = (0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0)  # of plain INT8's memory
+CHOICE_SHARES = (0.45, 0.6)
+RANDOM_PLANS = 30
+TOLERANCE = 0.01  # of the memory, that random plans may leave
+RECENT = 5  # visits that correct the next prediction
+
+
+def placements(rig: Rig) -> dict[str, tuple[dict[str, str], int | None]]:
+    """Tiers and budgets by name: uniform ones, mixtures, plans, random ones."""
+    units = rig.units
+    on_disk = {unit.name: f"disk/{unit.file_codec}" for unit in units}
+    codecs = ("raw", "packed", "zstd")
+    found: dict[str, tuple[dict[str, str], int | None]] = {
+        f"all {codec}": (rig.uniform(codec), None) for codec in codecs
+    }
+    thirds = {unit.name: f"memory/{codecs[i % 3]}" for i, unit in enumerate(units)}
+    found["a third of each"] = thirds, None
+    found["all on disk"] = on_disk, None
+    for codec in ("raw", "packed"):
+        half = rig.uniform(codec) | {unit.name: on_disk[unit.name] for unit in units[1::2]}
+        found[f"half {codec}, half on disk"] = half, None
+    int8 = int8_nbytes(rig)
+    for share in (0.35, 0.5, 0.7):
+        budget = int(share * int8)
+        plan = rig.study.plan(host_memory=budget, mix=MIX)
+        found[f"plan for {share:.0%} of INT8"] = plan.tiers, budget
+    draw = random.Random(0)
+    for number in range(3):
+        tiers = {u.name: draw.choice(rig.predictor().tiers(u)) for u in units}
+        found[f"random {number + 1}"] = tiers, None
+    return found
+
+
+def int8_nbytes(rig: Rig) -> int:
+    """Bytes of the model as plain INT8."""
+    return rig.study.others + sum(unit.nbytes["raw"] for unit in rig.units)
+
+
+def accuracy(rig: Rig, rounds: int, progress: Any) -> list[Row]:
+    """A row for every placement and length."""
+    cases = placements(rig)
+    taken: dict[tuple[str, int], list[float]] = defaultdict(list)
+    errors: dict[tuple[str, int], list[float]] = defaultdict(list)
+    recent: dict[int, deque[float]] = {n: deque(maxlen=RECENT) for n in LENGTHS}
+    predicted = {}
+    for name, (tiers, budget) in cases.items():
+        for tokens in LENGTHS:
+            found = rig.predictor(budget).predict(rig.units, tiers, tokens)
+            predicted[name, tokens] = found
+    task = progress.add_task("accuracy", total=rounds * len(cases))
+    draw = random.Random(1)
+    for _ in range(rounds):
+        for name in draw.sample(list(cases), len(cases)):
+            tiers, budget = cases[name]
+            rig.place(tiers, budget)
+            for tokens in LENGTHS:
+                seconds = rig.visit(tokens).median_s
+                expected = predicted[name, tokens].pipelined_s
+                if recent[tokens]:
+                    factor = statistics.median(recent[tokens])
+                    errors[name, tokens].append(expected * factor / seconds - 1)
+                recent[tokens].append(seconds / expected)
+                taken[name, tokens].append(seconds)
+            progress.advance(task)
+    return [
+        {
+            "question": "accuracy",
+            "placement": name,
+            "tokens": tokens,
+            "predicted_s": found.pipelined_s,
+            "binds": found.binds,
+            "measured_s": statistics.median(taken[name, tokens]),
+            "rounds_s": taken[name, tokens],
+            "error": found.pipelined_s / statistics.median(taken[name, tokens]) - 1,
+            "corrected_error": statistics.median(errors[name, tokens] or [0.0]),
+        }
+        for (name, tokens), found in predicted.items()
+    ]
+
+
+def timed(
+    rig: Rig, cases: dict[str, tuple[Tiers, int | None]], rounds: int, progress: Any, label: str
+) -> dict[str, dict[int, float]]:
+    """Median seconds of passes of each length of the mix, by name of the case; rounds in random order."""
+    taken: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    task = progress.add_task(label, total=rounds * len(cases))
+    draw = random.Random(2)
+    for _ in range(rounds):
+        for name in draw.sample(list(cases), len(cases)):
+            rig.place(*cases[name])
+            for tokens in MIX:
+                taken[name][tokens].append(rig.visit(tokens).median_s)
+            progress.advance(task)
+    return {
+        name: {tokens: statistics.median(seconds) for tokens, seconds in lengths.items()}
+        for name, lengths in taken.items()
+    }
+
+
+def mix_s(seconds: dict[int, float]) -> float:
+    """A pass of the mix, on average."""
+    return sum(MIX[tokens] * taken for tokens, taken in seconds.items()) / sum(MIX.values())
+
+
+def choice(rig: Rig, share: float, plans: int, rounds: int, progress: Any) -> list[Row]:
+    """The plan for a budget and random ones of the same memory."""
+    budget = int(share * int8_nbytes(rig))
+    draw = random.Random(3)
+    cases: dict[str, tuple[Tiers, int | None]] = {
+        "plan": (rig.study.plan(host_memory=budget, mix=MIX).tiers, budget)
+    }
+    for number in range(plans):
+        cases[f"random {number + 1}"] = rig.random_tiers(draw, budget, TOLERANCE), budget
+    taken = timed(rig, cases, rounds, progress, f"choice at {share:.0%}")
+    return [
+        {
+            "question": "choice",
+            "share": share,
+            "placement": name,
+            "measured_s": mix_s(seconds),
+            "by_tokens_s": {str(n): s for n, s in seconds.items()},
+        }
+        for name, seconds in taken.items()
+    ]
+
+
+def pareto(rig: Rig, shares: tuple[float, ...], rounds: int, progress: Any) -> list[Row]:
+    """Plans and the paper's uniform share over the budget."""
+    cases: dict[str, tuple[Tiers, int | None]] = {"all raw": (rig.uniform("raw"), None)}
+    predicted: dict[str, float] = {}
+    memory: dict[str, int] = {"all raw": int8_nbytes(rig)}
+    for codec in ("packed", "zstd"):
+        cases[f"all {codec}"] = rig.uniform(codec), None
+        memory[f"all {codec}"] = rig.study.others + sum(u.nbytes[codec] for u in rig.units)
+    for share in shares:
+        budget = int(share * int8_nbytes(rig))
+        plan = rig.study.plan(host_memory=budget, mix=MIX)
+        cases[f"plan {share:.0%}"] = plan.tiers, budget
+        predicted[f"plan {share:.0%}"], memory[f"plan {share:.0%}"] = plan.seconds, plan.host_nbytes
+        uniform = rig.uniform_share(budget)
+        if uniform is not None:
+            cases[f"uniform {share:.0%}"] = uniform, budget
+            memory[f"uniform {share:.0%}"] = budget
+    taken = timed(rig, cases, rounds, progress, "pareto")
+    return [
+        {
+            "question": "pareto",
+            "placement": name,
+            "nbytes": memory[name],
+            "measured_s": mix_s(seconds),
+            "predicted_s": predicted.get(name),
+            "by_tokens_s": {str(n): s for n, s in seconds.items()},
+        }
+        for name, seconds in taken.items()
+    ]
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """A table for each question, and what there is to say of it."""
+    for question in QUESTIONS:
+        for model in dict.fromkeys(row["model"] for row in rows):
+            mine = [r for r in rows if r["question"] == question and r["model"] == model]
+            if mine:
+                TABLES[question](mine, f"{question}, model for {model}", console)
+
+
+def show_accuracy(rows: list[Row], title: str, console: Console) -> None:
+    """Predicted against measured."""
+    table = Table(title=title)
+    table.add_column("placement")
+    for heading in ("tokens", "measured ms", "predicted ms", "error", "corrected", "binds"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["placement"],
+            str(row["tokens"]),
+            f"{row['measured_s'] * 1e3:.2f}",
+            f"{row['predicted_s'] * 1e3:.2f}",
+            f"{row['error']:+.1%}",
+            f"{row['corrected_error']:+.1%}",
+            row["binds"],
+        )
+    console.print(table)
+    for name, field in (("as planned", "error"), ("corrected by passes before", "corrected_error")):
+        sizes = sorted(abs(row[field]) for row in rows)
+        console.print(
+            f"error {name}: median {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}",
+            highlight=False,
+        )
+
+
+def show_choice(rows: list[Row], title: str, console: Console) -> None:
+    """The plan among random ones."""
+    for share in dict.fromkeys(row["share"] for row in rows):
+        mine = [row for row in rows if row["share"] == share]
+        plan = next(row for row in mine if row["placement"] == "plan")
+        others = sorted(r["measured_s"] for r in mine if r["placement"] != "plan")
+        console.print(
+            f"{title}, {share:.0%} of INT8: plan {plan['measured_s'] * 1e3:.2f} ms a pass of the mix; {len(others)} random "
+            f"plans from {others[0] * 1e3:.2f} to {others[-1] * 1e3:.2f}, median {statistics.median(others) * 1e3:.2f}; plan "
+            f"over the best of them {plan['measured_s'] / others[0]:.3f}",
+            highlight=False,
+        )
+
+
+def show_pareto(rows: list[Row], title: str, console: Console) -> None:
+    """Time over memory."""
+    raw = next(row for row in rows if row["placement"] == "all raw")
+    table = Table(title=title)
+    table.add_column("placement")
+    for heading in ("MB", "of INT8", "ms", "predicted", *(f"{n} tokens" for n in MIX)):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        predicted = row["predicted_s"]
+        slower = [
+            f"{seconds / raw['by_tokens_s'][n] - 1:+.1%}"
+            for n, seconds in row["by_tokens_s"].items()
+        ]
+        table.add_row(
+            row["placement"],
+            f"{row['nbytes'] / 1e6:.1f}",
+            f"{row['nbytes'] / raw['nbytes']:.0%}",
+            f"{row['measured_s'] * 1e3:.2f}",
+            "" if predicted is None else f"{predicted * 1e3:.2f}",
+            *slower,
+        )
+    console.print(table)
+
+
+TABLES = {"accuracy": show_accuracy, "choice": show_choice, "pareto": show_pareto}
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--questions", default=",".join(QUESTIONS), help="some of: %(default)s")
+    parser.add_argument(
+        "--models", default="zstd,packed", help="codecs they are made for; default %(default)s"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=ROOT / "bench/results/policy.json")
+    parser.add_argument("--smoke", action="store_true", help="a small model, each thing once")
+    options = parser.parse_args()
+    asked = options.questions.split(",")
+    if not set(asked) <= set(QUESTIONS):
+        parser.error(f"--questions: expected some of {QUESTIONS}, got {options.questions}")
+    line = hardware_line("csrc", "dcext", "bench/policy.py", "bench/whole")
+    results: RowFile[Any] = RowFile(
+        options.output,
+        lambda r: (r["model"], r["question"], r.get("share"), r["placement"], r.get("tokens")),
+    )
+    smoke = options.smoke
+    rounds = 1 if smoke else options.rounds
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    for codec in options.models.split(","):
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("studying", total=1.0)
+            folder = policy_model(codec, smoke)
+            rig = Rig(folder, LENGTHS, lambda what, share, t=task: progress.advance(t, share))
+            rows = []
+            if "accuracy" in asked:
+                rows += accuracy(rig, rounds, progress)
+            if "choice" in asked:
+                for share in CHOICE_SHARES:
+                    plans = 3 if smoke else RANDOM_PLANS
+                    rows += choice(rig, share, plans, rounds, progress)
+            if "pareto" in asked:
+                rows += pareto(rig, SHARES[3:4] if smoke else SHARES, rounds, progress)
+        for row in rows:
+            whole = {"model": codec, "hardware": line, **row}
+            results.add(results.key_of(whole), whole)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    show(list(results.rows.values()), console)
+    console.print(line, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

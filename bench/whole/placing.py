@@ -1,0 +1,138 @@
+"""A real model whose layers are moved from tier to tier, and timed."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from watch import Watch
+
+import dcext
+from dcext.policy.predict import Predictor, Unit, place_and_codec
+from dcext.runtime.observe import CODECS, forward_of
+from dcext.runtime.placement import slots_for
+from dcext.runtime.planning import Study, study
+from dcext.runtime.retier import retier
+from dcext.runtime.weights import weights_of
+
+Tiers = Mapping[str, str]
+# Passes of a visit by their tokens; what is between is interpolated upwards.
+PASSES = {1: 12, 16: 6, 512: 2}
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Seconds of passes of one length, and the share of the CPUs that others took meanwhile."""
+
+    seconds: list[float]
+    others: float
+
+    @property
+    def median_s(self) -> float:
+        """Of the passes."""
+        return statistics.median(self.seconds)
+
+
+class Rig:
+    """A model with all its payloads in every codec at hand, so that moving layers takes no time.
+
+    Attributes:
+        model: the model.
+        study: what the policy knows of it.
+    """
+
+    def __init__(
+        self, folder: Path, lengths: Sequence[int], progress: Callable[[str, float], None]
+    ) -> None:
+        """Args: lengths: tokens of passes that the policy takes the times of."""
+        self.model = dcext.from_pretrained(folder)
+        self.weights = weights_of(self.model)
+        self.study: Study = study(self.model, tuple(lengths), progress=progress)
+        self.forward = forward_of(self.model)
+        self._payloads: dict[tuple[str, str], Tensor] = {
+            (weight.name, codec): weight.payload(codec)
+            for weight in self.weights
+            for codec in CODECS
+        }
+
+    @property
+    def units(self) -> list[Unit]:
+        """Of the model."""
+        return self.study.units
+
+    def predictor(self, host_memory: int | None = None) -> Predictor:
+        """See ``Study.predictor``."""
+        return self.study.predictor(host_memory)
+
+    def place(self, tiers: Tiers, host_memory: int | None = None) -> None:
+        """Moves every layer to its tier, with the room to read into that a budget gives."""
+        for weight in self.weights:
+            place, codec = place_and_codec(tiers[weight.name])
+            if place == "memory" and weight.tier != tiers[weight.name]:
+                weight.rest_in_memory(self._payloads[weight.name, codec])
+        retier(self.model, self.weights, tiers, slots_for(host_memory))
+
+    @torch.inference_mode()
+    def visit(self, tokens: int, passes: int | None = None) -> Visit:
+        """Times passes; the first is not counted."""
+        passes = passes or PASSES.get(tokens, 3)
+        self.forward(tokens)
+        watch, taken = Watch(), []
+        for _ in range(passes):
+            begin = time.perf_counter()
+            self.forward(tokens)
+            taken.append(time.perf_counter() - begin)
+        return Visit(taken, watch.others())
+
+    def uniform(self, codec: str) -> dict[str, str]:
+        """All in memory, in one codec."""
+        return {unit.name: f"memory/{codec}" for unit in self.units}
+
+    def random_tiers(self, draw: random.Random, budget: int, tolerance: float) -> dict[str, str]:
+        """Random tiers that fit in a budget of host memory and leave little of it.
+
+        Starts anywhere and moves random layers, never further from the budget, until at most ``tolerance`` of it is left.
+        """
+        predictor = self.predictor(budget)
+        options = {unit.name: predictor.tiers(unit) for unit in self.units}
+        units = {unit.name: unit for unit in self.units}
+        base = self.study.others
+
+        def room(tiers: Tiers) -> int:
+            taken = sum(predictor.memory(units[n], tier)[0] for n, tier in tiers.items())
+            reads = any(tier.startswith("disk/") for tier in tiers.values())
+            return budget - base - taken - (slots_for(budget) if reads else 0)
+
+        # How often each place is drawn differs from plan to plan, so that plans differ as wholes.
+        weight = {
+            tier: draw.random() ** 2 for tier in sorted({t for o in options.values() for t in o})
+        }
+        tiers = {n: draw.choices(o, [weight[t] for t in o])[0] for n, o in options.items()}
+        left = room(tiers)
+        while not 0 <= left <= tolerance * budget:
+            name = draw.choice(list(options))
+            moved = tiers | {name: draw.choice(options[name])}
+            new = room(moved)
+            if (left < 0 and new > left) or (left > 0 and 0 <= new < left):
+                tiers, left = moved, new
+        return tiers
+
+    def uniform_share(self, budget: int) -> dict[str, str] | None:
+        """The paper's: so many layers, evenly spread, entropy-coded that the others fit as plain INT8; None if they never do."""
+        for count in range(len(self.units) + 1):
+            tiers = {
+                unit.name: "memory/zstd"
+                if (i + 1) * count // len(self.units) > i * count // len(self.units)
+                else "memory/raw"
+                for i, unit in enumerate(self.units)
+            }
+            taken = sum(u.nbytes[place_and_codec(tiers[u.name])[1]] for u in self.units)
+            if taken + self.study.others <= budget:
+                return tiers
+        return None
