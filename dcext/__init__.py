@@ -10,7 +10,10 @@ from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.nn import DCEmbedding, DCLinear
 from dcext.pretrained import from_pretrained, save_pretrained
+from dcext.runtime.adapt import adapt
 from dcext.runtime.offload import offload
+from dcext.runtime.planning import plan
+from dcext.runtime.retier import apply
 
 __version__ = "0.1.0"
 
@@ -19,6 +22,8 @@ __all__ = [
     "DCEmbedding",
     "DCLinear",
     "FormatError",
+    "adapt",
+    "apply",
     "build_info",
     "compress_",
     "decode",
@@ -28,6 +33,7 @@ __all__ = [
     "get_num_threads",
     "offload",
     "payload_info",
+    "plan",
     "save_pretrained",
     "set_num_threads",
     "verify_payload",

@@ -53,7 +53,7 @@ def check_plot(path: str | Path) -> None:
         )
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path}: expected a folder {path.parent}, found none")
-    _new_figure(1, 1)
+    new_figure(1, 1)
 
 
 def plot_analysis(analysis: ModelAnalysis, path: str | Path) -> None:
@@ -150,7 +150,7 @@ def _draw(panels: list[Panel], columns: int, path: str | Path) -> None:
     if not kinds:
         raise ValueError(f"{path}: expected layers to draw, got none")
     rows = -(-len(panels) // columns)
-    figure = _new_figure(rows, columns)
+    figure = new_figure(rows, columns)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
@@ -197,7 +197,7 @@ def _means(points: Iterable[Point]) -> list[tuple[int, float]]:
     ]
 
 
-def _new_figure(rows: int, columns: int) -> Any:
+def new_figure(rows: int, columns: int) -> Any:
     """A figure of the Agg canvas, apart from pyplot's global state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -20,10 +20,12 @@ from dcext.format.manifest import FORMAT_VERSION, parse_json_object
 from dcext.nn import DCEmbedding, DCLinear
 from dcext.nn.compressed import CompressedModule, storage_form
 from dcext.nn.device import place
+from dcext.policy.plan import Plan
 from dcext.quantize.report import CompressionReport
 from dcext.runtime.budget import parse_nbytes
 from dcext.runtime.offload import offload
 from dcext.runtime.origin import Origin
+from dcext.runtime.retier import apply
 
 QUANT_METHOD = "dcext"
 REPORT_NAME = "compression_report.json"
@@ -100,6 +102,7 @@ def from_pretrained(
     device_memory: int | str | None = None,
     mode: str = "auto",
     page_cache: bool = False,
+    plan: Plan | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Loads a model that ``save_pretrained`` wrote, every byte verified, without ever holding its float weights.
@@ -115,6 +118,7 @@ def from_pretrained(
         host_memory: bytes for weights, or a size such as ``"4GiB"``; None for as much as they need.
         device_memory: the same on the device.
         mode: with ``device_memory``, how weights travel: ``"auto"``, ``"device"``, ``"host"`` or ``"raw"``.
+        plan: where each layer is to be, from ``dcext.plan``, instead of the budgets.
         page_cache: with ``host_memory`` on the CPU, whether the system may also keep files in memory that is not counted.
         progress: called with the number of bytes loaded since the last call.
 
@@ -129,6 +133,12 @@ def from_pretrained(
     """
     _check_budgets(torch.device(device), host_memory, device_memory)
     has_budget = host_memory is not None or device_memory is not None
+    if plan is not None and (has_budget or torch.device(device).type != "cpu"):
+        raise ValueError(
+            f"from_pretrained: plan: expected no budget and device 'cpu' beside it, got host_memory {host_memory!r}, "
+            f"device_memory {device_memory!r}, device {str(device)!r}"
+        )
+    in_files = has_budget or plan is not None
     reader = CheckpointReader(directory)
     if "config.json" not in reader.file_names:
         raise FormatError(
@@ -145,11 +155,14 @@ def from_pretrained(
         data = reader.read_file("generation_config.json")
         generation_config = parse_json_object(data, "generation_config.json")
     model = _skeleton(directory, model_config, generation_config)
-    loader = _Loader(reader, quantization, progress or (lambda nbytes: None), not has_budget)
+    loader = _Loader(reader, quantization, progress or (lambda nbytes: None), not in_files)
     loader.load_into(model)
     forget_ties(model, set(compressed_modules(model)))
     if dtype is not None:
         model.to(dtype)
+    if plan is not None:
+        apply(model, plan)
+        return model.eval()
     if not has_budget:
         place(model, device)
         return model.eval()

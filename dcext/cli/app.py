@@ -8,7 +8,7 @@ import sys
 import typer
 from rich.console import Console
 
-from dcext.cli import analyze, report, run, store
+from dcext.cli import analyze, policy, report, run, store
 
 app = typer.Typer(
     name="dcext",
@@ -25,6 +25,8 @@ for command in (
     run.evaluate,
     run.generate,
     analyze.analyze,
+    policy.tune,
+    policy.plan,
     report.info,
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)

@@ -39,6 +39,12 @@ ModeOption = Annotated[
         help="With --device-memory, how weights travel: device (decoded there), host (decoded on the way), raw, auto."
     ),
 ]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where each layer is to be: a file that `dcext plan -o` wrote.", metavar="FILE"
+    ),
+]
 PageCacheOption = Annotated[
     bool,
     typer.Option(
@@ -59,6 +65,7 @@ def evaluate(
     device_memory: DeviceMemoryOption = None,
     mode: ModeOption = "auto",
     page_cache: PageCacheOption = False,
+    plan: PlanOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity on a text, and tokens per second."""
@@ -76,6 +83,7 @@ def evaluate(
         device_memory=device_memory,
         mode=mode,
         page_cache=page_cache,
+        plan=plan,
     )
     # Enough text for max_tokens, whatever the tokenizer: a token has at least one byte.
     limit = None if max_tokens is None else 16 * max_tokens + 1024
@@ -115,6 +123,7 @@ def generate(
     device_memory: DeviceMemoryOption = None,
     mode: ModeOption = "auto",
     page_cache: PageCacheOption = False,
+    plan: PlanOption = None,
     statistics: Annotated[
         bool, typer.Option(help="Print where the weights were and what streaming them took.")
     ] = False,
@@ -133,6 +142,7 @@ def generate(
         device_memory=device_memory,
         mode=mode,
         page_cache=page_cache,
+        plan=plan,
     )
     if chat:
         messages = [{"role": "user", "content": prompt}]
@@ -155,11 +165,13 @@ def generate(
         print(text, file=sys.stderr)
 
 
-def _load(folder: str, **options: Any) -> tuple[Any, Any]:
+def _load(folder: str, plan: Path | None, **options: Any) -> tuple[Any, Any]:
     import dcext
     from dcext.format import CheckpointReader
     from dcext.hub import load_tokenizer
+    from dcext.policy.plan import load_plan
 
+    options["plan"] = None if plan is None else load_plan(plan)
     with byte_progress("loading", CheckpointReader(folder).tensor_nbytes) as advance:
         model = dcext.from_pretrained(folder, progress=advance, **options)
     return model, load_tokenizer(folder)

@@ -24,7 +24,7 @@ SPREAD_LOSES = 1e-3  # relative time that an even order may cost
 SLOWER_DISK = 1.4
 MOVES = 200  # predictions of whole passes, of a few tenths of a millisecond
 MOVE_GAINS = 1e-6
-UNBOUNDED = 1 << 62
+UNBOUNDED = 1 << 50  # bytes; sums stay exact in float64
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,9 @@ class Decider:
 
     def smallest(self, budget: Budget) -> int:
         """Bytes of host memory below which nothing fits, if there is room on the device."""
+        free = Budget(None, budget.device, budget.others, budget.slots, budget.travel)
         least = []
-        for problem in self._problems(Budget(None, budget.device, 0, budget.slots, budget.travel)):
+        for problem in self._problems(free):
             exists = np.isfinite(problem.time).all(axis=(2, 3))
             nbytes = np.where(exists, problem.memory[:, :, 0], np.inf).min(axis=1).sum()
             least.append(nbytes + UNBOUNDED - problem.budget[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class PlannedLayer:
         nbytes: of its payload there.
         seconds: predicted, of what it uses most, by number of tokens.
         binds: what that is, by number of tokens: ``"compute"``, ``"link"``, ``"disk"`` or ``"host"``.
+        measured_s: as taken, by number of tokens; empty if they were not.
     """
 
     name: str
@@ -32,6 +33,7 @@ class PlannedLayer:
     nbytes: int
     seconds: dict[int, float]
     binds: dict[int, str]
+    measured_s: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class PlannedPass:
         resources_s: seconds of each resource.
         binds: the slowest of them.
         int8_s: ``seconds`` if all layers rested as plain INT8 where the model runs.
+        measured_s: as taken; None if it was not.
     """
 
     tokens: int
@@ -57,6 +60,7 @@ class PlannedPass:
     resources_s: dict[str, float]
     binds: str
     int8_s: float
+    measured_s: float | None = None
 
     @property
     def slowdown(self) -> float:
@@ -114,6 +118,21 @@ class Plan:
         replace_file(Path(path), lambda file: file.write_text(text))
 
 
+@dataclass(frozen=True)
+class CurvePoint:
+    """A plan of the least time in so much memory.
+
+    Attributes:
+        nbytes: that it takes where the model runs.
+        predicted_s: of a pass of the mix on average.
+        measured_s: likewise; None if it was not measured.
+    """
+
+    nbytes: int
+    predicted_s: float
+    measured_s: float | None = None
+
+
 def load_plan(path: str | Path) -> Plan:
     """Reads a plan that ``Plan.save`` wrote; a person may have edited it.
 
@@ -139,7 +158,7 @@ def load_plan(path: str | Path) -> Plan:
 
 def _layer(entry: Mapping[str, Any]) -> PlannedLayer:
     fields = dict(entry)
-    for name in ("seconds", "binds"):
+    for name in ("seconds", "binds", "measured_s"):
         fields[name] = {int(tokens): value for tokens, value in fields.get(name, {}).items()}
     return PlannedLayer(**fields)
 

@@ -222,9 +222,10 @@ class Predictor:
         taken[DISK] += unit.multiplied * nbytes * disk_s
         taken[checks] += unit.multiplied * (nbytes * verify_s + self.observed.read_s)
         if unit.looked_up:
-            # Nobody knows ahead which panels: what runs waits for them.
-            panels = min(tokens, unit.panels)
-            waited = LOOKUP_LATENCY_S + panels * nbytes / unit.panels * (disk_s + verify_s)
+            # Nobody knows ahead which pieces: what runs waits for as many as tokens, drawn at random, fall into.
+            pieces = -(-nbytes // (self.slots_nbytes // SLOTS))
+            touched = 1 - (1 - 1 / pieces) ** tokens
+            waited = LOOKUP_LATENCY_S + touched * nbytes * (disk_s + verify_s)
             taken[COMPUTE] += unit.looked_up * waited
 
     def other_s(self, tokens: int) -> float:

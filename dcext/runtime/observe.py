@@ -279,7 +279,7 @@ def observe_streaming(
         """Seconds of a pass, and bytes that it reads."""
         tiers = before | {weight.name: f"disk/{weight.file_codec}" for weight in streamed}
         retier(model, list(weights), tiers, SLOTS_NBYTES)
-        return _median_s(forward, tokens), sum(weight.nbytes for weight in streamed)
+        return pass_seconds(forward, tokens), sum(weight.nbytes for weight in streamed)
 
     try:
         plain_s, _ = with_disk([])
@@ -298,7 +298,8 @@ def observe_streaming(
         retier(model, list(weights), before, SLOTS_NBYTES)
 
 
-def _median_s(forward: Forward, tokens: int) -> float:
+def pass_seconds(forward: Forward, tokens: int) -> float:
+    """Seconds of a pass, the median of several after one that is not counted."""
     forward(tokens)
     taken: list[float] = []
     end = time.perf_counter() + SECONDS_OF_A_LENGTH

@@ -52,7 +52,15 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
     moves = {weight.name: plan.tiers.get(weight.name, weight.tier) for weight in weights}
     gate = gate_of(model)
     slots = slots_for(plan.host_memory)
-    result = retier(model, weights, moves, slots, between=gate.between_passes, progress=progress)
+    report = progress or (lambda nbytes: None)
+    result = retier(
+        model,
+        weights,
+        moves,
+        slots,
+        between=gate.between_passes,
+        moved=lambda weight: report(weight.module.num_weights),
+    )
     setattr(model, PLAN_ATTRIBUTE, plan)
     return result
 
@@ -90,6 +98,7 @@ def retier(
     page_cache: bool | None = None,
     between: Between = nullcontext,
     progress: Progress | None = None,
+    moved: Callable[[Weight], None] | None = None,
 ) -> Offload:
     """Moves layers to tiers that are known to exist; see ``apply``.
 
@@ -100,9 +109,10 @@ def retier(
         slots_nbytes: to read into, where some are on disk and a stream must be made.
         page_cache: as for ``dcext.offload``; None for as it is now.
         between: a context in which layers may be exchanged.
-        progress: as for ``apply``.
+        progress: called with the number of bytes read from files since the last call.
+        moved: called with each weight that is where it shall be.
     """
-    report = progress or (lambda nbytes: None)
+    done = moved or (lambda weight: None)
     streamed = [weight for weight in weights if tiers[weight.name].startswith("disk/")]
     stream = _stream_for(offload_of(model), streamed, slots_nbytes, page_cache)
     try:
@@ -111,8 +121,9 @@ def retier(
                 for unit, weight in enumerate(streamed):
                     _leave_in_file(weight, StreamedWeight(stream, unit))
             for weight in streamed:
-                report(weight.module.num_weights)
-        _to_memory(between, [w for w in weights if w not in streamed], tiers, report)
+                done(weight)
+        resident = [weight for weight in weights if weight not in streamed]
+        _to_memory(between, resident, tiers, progress, done)
     finally:
         result = _offload(model, weights, stream)
         setattr(model, OFFLOAD_ATTRIBUTE, result)
@@ -146,14 +157,18 @@ def _leave_in_file(weight: Weight, streamed: StreamedWeight) -> None:
 
 
 def _to_memory(
-    between: Between, weights: list[Weight], tiers: Mapping[str, str], report: Progress
+    between: Between,
+    weights: list[Weight],
+    tiers: Mapping[str, str],
+    progress: Progress | None,
+    done: Callable[[Weight], None],
 ) -> None:
     """Recodes in batches, what shrinks first."""
     wanted = {weight.name: place_and_codec(tiers[weight.name])[1] for weight in weights}
     moving = [w for w in weights if w.tier != tiers[w.name]]
     for weight in weights:
         if weight.tier == tiers[weight.name]:
-            report(weight.module.num_weights)
+            done(weight)
 
     def grows(weight: Weight) -> tuple[bool, int]:
         shrinks = not weight.module.is_in_file and wanted[weight.name] != "raw"
@@ -161,10 +176,10 @@ def _to_memory(
 
     batch: list[tuple[Weight, Tensor]] = []
     for weight in sorted(moving, key=grows):
-        batch.append((weight, weight.payload(wanted[weight.name])))
+        batch.append((weight, weight.payload(wanted[weight.name], progress)))
         if sum(payload.nbytes for _, payload in batch) >= BATCH_NBYTES:
             _exchange(between, batch)
-        report(weight.module.num_weights)
+        done(weight)
     _exchange(between, batch)
 
 

@@ -1,0 +1,431 @@
+"""Plans: nearly the best in small cases, applied while a model runs, and followed as conditions change."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dcext
+from dcext.compress import compressed_modules
+from dcext.errors import FormatError
+from dcext.policy import measure
+from dcext.policy.decide import Budget, BudgetError, Decider
+from dcext.policy.machine import PROJECTED, Machine, Processor
+from dcext.policy.plan import Plan, load_plan
+from dcext.policy.predict import Observed, Predictor, Unit
+from dcext.policy.timeline import SLOTS, pass_s
+from dcext.runtime.adapt import Adapter
+from dcext.runtime.observe import describe, forward_of
+from dcext.runtime.placement import LEAST_SLOTS_NBYTES, other_nbytes
+from dcext.runtime.planning import Study
+from dcext.runtime.retier import plan_of
+from dcext.runtime.weights import weights_of
+
+pytest.importorskip("transformers")
+
+from test_compress import tiny_llama
+
+CPU = Machine(
+    name="a CPU",
+    kind=PROJECTED,
+    host={2: Processor(30.0, 0.7, {"zstd": 5.0, "packed": 80.0})},
+    disk_gbps=2.0,
+    verify_gbps=30.0,
+)
+GPU = Machine(
+    name="a GPU",
+    kind=PROJECTED,
+    host={8: Processor(60.0, 3.0, {"zstd": 20.0})},
+    disk_gbps=3.0,
+    verify_gbps=100.0,
+    device=Processor(900.0, 250.0, {"zstd": 300.0}, scratch=("zstd",)),
+    link_gbps=25.0,
+)
+
+
+# Everything is streamed: room for what is not compressed, and the least to read into.
+LEAST = LEAST_SLOTS_NBYTES + 200_000
+
+
+def drawn_units(draw: np.random.Generator, count: int) -> list[Unit]:
+    """Layers of a few sizes, and perhaps an embedding."""
+    units = []
+    for i in range(count):
+        rows, cols = (int(n) for n in draw.choice([256, 1024, 4096, 20000], 2))
+        weights = rows * cols
+        looked_up = int(i == 0 and draw.random() < 0.3)
+        units.append(
+            Unit(
+                name=f"layer {i}",
+                shape=(rows, cols),
+                multiplied=1 - looked_up if draw.random() < 0.5 else 1,
+                looked_up=looked_up,
+                nbytes={
+                    "raw": weights + 64,
+                    "packed": int(weights * draw.uniform(0.5, 0.8)),
+                    "zstd": int(weights * draw.uniform(0.4, 0.6)),
+                },
+                file_codec="zstd",
+                panels=max(1, weights >> 17),
+            )
+        )
+    return units
+
+
+def drawn_case(seed: int, machine: Machine) -> tuple[Decider, Budget]:
+    """A model of up to five layers, and a budget that may be too small."""
+    draw = np.random.default_rng(seed)
+    units = drawn_units(draw, int(draw.integers(1, 6 if machine is CPU else 4)))
+    observed = Observed(other_s={1: float(draw.exponential(1e-3))}, read_s=2e-5)
+    mix = {1: 1.0} if draw.random() < 0.5 else {1: 100.0, 512: 1.0}
+    slots = 1 << 20
+    decider = Decider(Predictor(machine, observed=observed, slots_nbytes=slots), units, mix, 1000)
+    int8 = sum(unit.nbytes["raw"] for unit in units)
+    host = int(draw.uniform(0, 1.2) * int8) + slots
+    device = None if machine is CPU else int(draw.uniform(0.2, 1.2) * int8) + 1000
+    travel = 0 if machine is CPU else max(unit.weights for unit in units) // 8
+    return decider, Budget(host, device, 1000, slots, travel)
+
+
+def exhaustive(decider: Decider, budget: Budget) -> float:
+    """Seconds of the fastest tiers; infinity where none fit."""
+    best = np.inf
+    names = [unit.name for unit in decider.units]
+    for choice in itertools.product(*decider.tiers):
+        tiers = dict(zip(names, choice, strict=True))
+        host, device = decider.nbytes(tiers, budget)
+        fits = budget.host is None or host <= budget.host
+        if fits and (budget.device is None or device <= budget.device):
+            best = min(best, decider.mean_s(tiers))
+    return best
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("seed", range(25))
+def test_plans_are_nearly_the_best(seed, machine):
+    decider, budget = drawn_case(seed, machine)
+    best = exhaustive(decider, budget)
+    try:
+        tiers = decider.within(budget)
+    except BudgetError:
+        assert best == np.inf
+        return
+    host, device = decider.nbytes(tiers, budget)
+    assert host <= budget.host
+    assert budget.device is None or device <= budget.device
+    assert decider.mean_s(tiers) <= 1.03 * best
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_least_memory_within_a_bound_of_time(seed):
+    decider, budget = drawn_case(seed, CPU)
+    free = Budget(None, None, budget.others, budget.slots)
+    bound = 1.2 * decider.mean_s(decider.int8())
+    tiers = decider.smallest_within(bound, free)
+    assert decider.mean_s(tiers) <= bound
+    least = min(
+        decider.nbytes(dict(zip((u.name for u in decider.units), choice, strict=True)), free)[0]
+        for choice in itertools.product(*decider.tiers)
+        if decider.mean_s(dict(zip((u.name for u in decider.units), choice, strict=True))) <= bound
+    )
+    assert decider.nbytes(tiers, free)[0] <= 1.03 * least
+
+
+def test_a_budget_that_nothing_fits_says_by_how_much():
+    decider, budget = drawn_case(0, CPU)
+    least = decider.smallest(Budget(0, None, budget.others, budget.slots))
+    with pytest.raises(BudgetError, match=f"expected at least {least} bytes"):
+        decider.within(Budget(least - 1, None, budget.others, budget.slots))
+    assert decider.within(Budget(least, None, budget.others, budget.slots))
+
+
+def test_reads_overlap_as_far_as_slots_allow():
+    piece, disk = 1 << 20, 2e9
+    even = pass_s([1e-3] * 20, [piece] * 20, disk, piece)
+    assert even == pytest.approx(20e-3)  # computing hides the disk
+    slow = pass_s([1e-4] * 20, [piece] * 20, disk, piece)
+    assert slow == pytest.approx(20 * piece / disk, rel=0.1)  # the disk binds
+    # As many bytes in the last layer: slots hold so much of it, the rest is waited for.
+    last = pass_s([1e-3] * 19 + [1e-4], [0] * 19 + [40 * piece], disk, piece)
+    assert last == pytest.approx(19e-3 + (40 - SLOTS) * piece / disk, rel=0.02)
+    assert pass_s([1e-3, 2e-3], [0, 0], disk, piece) == pytest.approx(3e-3)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints of one model by codec."""
+    parent = tmp_path_factory.mktemp("models")
+    for codec in ("zstd", "packed"):
+        model = tiny_llama(
+            hidden_size=256,
+            intermediate_size=1024,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=4096,
+            tie_word_embeddings=True,
+        )
+        dcext.compress_(model, dcext.CompressionConfig(recipe="int8", codec=codec))
+        dcext.save_pretrained(model, parent / codec)
+    return {codec: parent / codec for codec in ("zstd", "packed")}
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory) -> Machine:
+    """This one, measured in a hurry."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DCEXT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(measure, "SECONDS_OF_A_FIGURE", 1e-3)
+        patch.setattr(measure, "DISK_NBYTES", 32 << 20)
+        machine = measure.tune()
+        assert measure.tune().to_dict() == machine.to_dict()  # from the cache
+        assert measure.tune(refresh=True).identity == machine.identity
+    return machine
+
+
+def study_of(model: nn.Module, machine: Machine) -> Study:
+    return Study(describe(weights_of(model)), machine, Observed(), 0)
+
+
+def logits(model: nn.Module, count: int = 5) -> torch.Tensor:
+    with torch.inference_mode():
+        return model((torch.arange(count) * 97 % 4096)[None]).logits
+
+
+def every_tier(model: nn.Module) -> dict[str, str]:
+    """All tiers that there are, in turns."""
+    weights = weights_of(model)
+    tiers = ["memory/raw", "memory/packed", "memory/zstd", f"disk/{weights[0].file_codec}"]
+    return {weight.name: tiers[i % len(tiers)] for i, weight in enumerate(weights)}
+
+
+def plan_with(model: nn.Module, tiers: dict[str, str]) -> Plan:
+    decider = Decider(Predictor(CPU), describe(weights_of(model)), {1: 1.0}, 0)
+    return decider.plan(tiers, Budget(None, None, slots=16 << 20), "a test")
+
+
+def test_what_is_measured_is_plausible(machine):
+    for host in machine.host.values():
+        assert 1 < host.memory_gbps < 2000
+        assert 0.005 < host.int8_tops < 500
+        assert all(0.01 < speed < 1e4 for speed in host.decode_gweights.values())
+        assert all(seconds > 0 for table in host.layer_s.values() for seconds in table.values())
+    assert 0.01 < machine.disk_gbps < 200
+    assert all(0 <= spread < 10 for spread in machine.uncertainty.values())
+
+
+@pytest.mark.parametrize("codec", ["zstd", "packed"])
+def test_sizes_are_exact(folders, codec):
+    model = dcext.from_pretrained(folders[codec])
+    units = describe(weights_of(model))
+    for unit, weight in zip(units, weights_of(model), strict=True):
+        for name in ("raw", "packed", "zstd"):
+            assert unit.nbytes[name] == weight.payload(name).nbytes
+    assert units[0].looked_up == 1
+    assert units[0].multiplied == 1
+
+
+@pytest.mark.parametrize("codec", ["zstd", "packed"])
+def test_every_tier_computes_the_same_bits(folders, codec):
+    model = dcext.from_pretrained(folders[codec])
+    before = logits(model)
+    tiers = every_tier(model)
+    for shift in range(4):
+        names = list(tiers)
+        shifted = dict(
+            zip(names, [*tiers.values()][shift:] + [*tiers.values()][:shift], strict=True)
+        )
+        plan = plan_with(model, shifted)
+        offload = dcext.apply(model, plan)
+        assert {w.name: w.tier for w in weights_of(model)} == shifted
+        assert torch.equal(logits(model), before)
+        assert offload is model.dcext_offload
+        assert plan_of(model) is plan
+        assert plan.host_nbytes == offload.memory_nbytes - other_nbytes(model)
+    back = plan_with(model, dict.fromkeys(tiers, f"memory/{codec}"))
+    assert dcext.apply(model, back).stream is None
+    assert torch.equal(logits(model), before)
+
+
+def test_a_plan_is_a_file_that_can_be_edited(folders, tmp_path):
+    model = dcext.from_pretrained(folders["zstd"])
+    path = tmp_path / "plan.json"
+    plan = plan_with(model, every_tier(model))
+    plan.save(path)
+    assert load_plan(path) == plan
+    edited = json.loads(path.read_text())
+    edited["layers"][0]["tier"] = "memory/packed"
+    path.write_text(json.dumps(edited))
+    loaded = dcext.from_pretrained(folders["zstd"], plan=load_plan(path))
+    assert weights_of(loaded)[0].tier == "memory/packed"
+    assert torch.equal(logits(loaded), logits(model))
+    copied = copy.deepcopy(loaded)
+    assert torch.equal(logits(copied), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("tier", "message"),
+    [
+        ("memory/gzip", "expected memory/CODEC or disk/CODEC"),
+        ("device/raw", "as the model runs on the CPU, found 'device/raw'"),
+        ("disk/raw", "expected codec 'raw' in the model's file, found 'zstd'"),
+    ],
+)
+def test_tiers_that_do_not_exist(folders, tier, message):
+    model = dcext.from_pretrained(folders["zstd"])
+    plan = plan_with(model, every_tier(model))
+    object.__setattr__(plan.layers[3], "tier", tier)
+    tiers = [weight.tier for weight in weights_of(model)]
+    with pytest.raises(ValueError, match=message):
+        dcext.apply(model, plan)
+    assert [weight.tier for weight in weights_of(model)] == tiers
+
+
+def test_files_that_are_no_plans(folders, tmp_path):
+    model = dcext.from_pretrained(folders["zstd"])
+    path = tmp_path / "plan.json"
+    plan_with(model, every_tier(model)).save(path)
+    good = json.loads(path.read_text())
+    for change, message in [
+        ({"format_version": 9}, "format_version: expected 1, found 9"),
+        ({"layers": [{"name": "a"}]}, "expected the fields of a plan"),
+        ({"layers": [good["layers"][0]] * 2}, "expected each once"),
+        ({"more": 1}, "expected the fields of a plan"),
+    ]:
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(FormatError, match=message):
+            load_plan(path)
+
+
+def test_layers_move_while_the_model_runs(folders):
+    model = dcext.from_pretrained(folders["zstd"])
+    before = logits(model)
+    plans = [
+        plan_with(model, every_tier(model)),
+        plan_with(model, dict.fromkeys(every_tier(model), "memory/raw")),
+    ]
+    dcext.apply(model, plans[0])
+    stop, wrong, ran = threading.Event(), [], []
+
+    def run() -> None:
+        while not stop.is_set():
+            ran.append(1)
+            if not torch.equal(logits(model), before):
+                wrong.append(len(ran))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for turn in range(12):
+        dcext.apply(model, plans[turn % 2])
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert ran
+    assert not wrong
+
+
+def test_damage_leaves_a_model_that_computes_the_same(folders, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(folders["zstd"], folder)
+    model = dcext.from_pretrained(folder)
+    before = logits(model)
+    dcext.apply(model, plan_with(model, every_tier(model)))
+    weight = next(w for w in weights_of(model) if w.module.is_in_file)
+    info = weight.origin.reader.info(weight.origin.name)
+    path = folder / info.file
+    good, times = path.read_bytes(), path.stat()
+    bad = bytearray(good)
+    bad[info.offset + info.nbytes // 2] ^= 1
+    path.write_bytes(bad)
+    plan = plan_with(
+        dcext.from_pretrained(folders["zstd"]), dict.fromkeys(every_tier(model), "memory/raw")
+    )
+    with pytest.raises(FormatError):
+        dcext.apply(model, plan)
+    path.write_bytes(good)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert torch.equal(logits(model), before)
+    dcext.apply(model, plan)
+    assert torch.equal(logits(model), before)
+
+
+def test_plans_for_this_machine(folders, machine):
+    model = dcext.from_pretrained(folders["zstd"])
+    before = {w.name: w.tier for w in weights_of(model)}
+    done = []
+    plan = dcext.plan(
+        model,
+        host_memory="30MB",
+        mix={1: 10, 16: 1},
+        machine=machine,
+        progress=lambda what, share: done.append(share),
+    )
+    assert {w.name: w.tier for w in weights_of(model)} == before
+    assert plan.host_nbytes <= 30_000_000
+    assert set(plan.tiers) == set(before)
+    assert sum(done) == pytest.approx(1, rel=0.01) or sum(done) == pytest.approx(0.5, rel=0.01)
+    assert any("plain INT8 fits" in note for note in plan.notes)
+    smaller = dcext.plan(model, slowdown=10.0, machine=machine)
+    assert smaller.host_nbytes <= plan.host_nbytes
+
+
+def test_observing_leaves_the_model_as_it_was(folders, machine, monkeypatch):
+    from dcext.runtime import observe, planning
+
+    monkeypatch.setattr(observe, "SECONDS_OF_A_LENGTH", 0.01)
+    monkeypatch.setattr(planning, "tune", lambda: machine)
+    model = dcext.from_pretrained(folders["packed"])
+    payloads = {name: m.payload.data_ptr() for name, m in compressed_modules(model).items()}
+    studied = planning.study(model, (1, 8))
+    after = {name: m.payload.data_ptr() for name, m in compressed_modules(model).items()}
+    assert after == payloads
+    kinds = {unit.kind for unit in studied.units}
+    for codec in ("raw", "packed", "zstd"):
+        assert {kind for kind, name in studied.observed.layer_s if name == codec} == kinds
+    assert set(studied.observed.other_s) == {1, 8}
+    assert studied.observed.disk_gbps > 0
+    on_disk = dcext.from_pretrained(folders["packed"], host_memory=LEAST)
+    tiers = [weight.tier for weight in weights_of(on_disk)]
+    planning.study(on_disk, (1,))
+    assert [weight.tier for weight in weights_of(on_disk)] == tiers
+
+
+def test_the_plan_follows_the_machine(folders, machine):
+    """Passes that take another time than predicted lead to another look; outputs stay the same bits."""
+    model = dcext.from_pretrained(folders["zstd"])
+    before = logits(model)
+    study = study_of(model, machine)
+    study.observed.scale = {5: 1e-3}  # all will be a thousand times slower than believed
+    adapter = Adapter(model, study, {"host_memory": "24MB", "mix": {5: 1.0}})
+    for _ in range(20):
+        assert torch.equal(logits(model), before)
+    assert "times as long as predicted" in adapter.looks[0].reason
+    looked = len(adapter.looks)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        for _ in range(15):
+            assert torch.equal(logits(model), before)
+        reasons = [look.reason for look in adapter.looks[looked:]]
+        assert any(f"{threads + 1} threads instead of {threads}" in reason for reason in reasons)
+    finally:
+        torch.set_num_threads(threads)
+    adapter.stop()
+    passes = adapter.passes
+    logits(model)
+    assert adapter.passes == passes
+
+
+def test_a_model_without_a_vocabulary_needs_to_be_told_how_to_run():
+    with pytest.raises(ValueError, match=r"forward: expected a function"):
+        forward_of(nn.Linear(2, 2))
