@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rowfile import Row, RowFile
-from whole.placing import Rig, Tiers
+from whole.placing import Placement, Rig
 from whole.policy_models import policy_model
 
 QUESTIONS = ("accuracy", "choice", "pareto")
@@ -42,29 +42,25 @@ TOLERANCE = 0.01  # of the memory, that random plans may leave
 RECENT = 5  # visits that correct the next prediction
 
 
-def placements(rig: Rig) -> dict[str, tuple[dict[str, str], int | None]]:
-    """Tiers and budgets by name: uniform ones, mixtures, plans, random ones."""
+def placements(rig: Rig) -> dict[str, Placement]:
+    """By name: uniform ones, mixtures, plans, random ones."""
     units = rig.units
     on_disk = {unit.name: f"disk/{unit.file_codec}" for unit in units}
     codecs = ("raw", "packed", "zstd")
-    found: dict[str, tuple[dict[str, str], int | None]] = {
-        f"all {codec}": (rig.uniform(codec), None) for codec in codecs
-    }
+    found = {f"all {codec}": rig.uniform(codec) for codec in codecs}
     thirds = {unit.name: f"memory/{codecs[i % 3]}" for i, unit in enumerate(units)}
-    found["a third of each"] = thirds, None
-    found["all on disk"] = on_disk, None
+    found["a third of each"] = Placement(thirds)
+    found["all on disk"] = Placement(on_disk)
     for codec in ("raw", "packed"):
-        half = rig.uniform(codec) | {unit.name: on_disk[unit.name] for unit in units[1::2]}
-        found[f"half {codec}, half on disk"] = half, None
-    int8 = int8_nbytes(rig)
+        half = {unit.name: on_disk[unit.name] for unit in units[1::2]}
+        found[f"half {codec}, half on disk"] = Placement({**rig.uniform(codec).tiers, **half})
     for share in (0.35, 0.5, 0.7):
-        budget = int(share * int8)
-        plan = rig.study.plan(host_memory=budget, mix=MIX)
-        found[f"plan for {share:.0%} of INT8"] = plan.tiers, budget
+        found[f"plan for {share:.0%} of INT8"], _ = rig.planned(int(share * int8_nbytes(rig)), MIX)
     draw = random.Random(0)
+    predictor = rig.study.predictor()
     for number in range(3):
-        tiers = {u.name: draw.choice(rig.predictor().tiers(u)) for u in units}
-        found[f"random {number + 1}"] = tiers, None
+        tiers = {u.name: draw.choice(predictor.tiers(u)) for u in units}
+        found[f"random {number + 1}"] = Placement(tiers)
     return found
 
 
@@ -79,17 +75,12 @@ def accuracy(rig: Rig, rounds: int, progress: Any) -> list[Row]:
     taken: dict[tuple[str, int], list[float]] = defaultdict(list)
     errors: dict[tuple[str, int], list[float]] = defaultdict(list)
     recent: dict[int, deque[float]] = {n: deque(maxlen=RECENT) for n in LENGTHS}
-    predicted = {}
-    for name, (tiers, budget) in cases.items():
-        for tokens in LENGTHS:
-            found = rig.predictor(budget).predict(rig.units, tiers, tokens)
-            predicted[name, tokens] = found
+    predicted = {(name, n): rig.predict(case, n) for name, case in cases.items() for n in LENGTHS}
     task = progress.add_task("accuracy", total=rounds * len(cases))
     draw = random.Random(1)
     for _ in range(rounds):
         for name in draw.sample(list(cases), len(cases)):
-            tiers, budget = cases[name]
-            rig.place(tiers, budget)
+            rig.place(cases[name])
             for tokens in LENGTHS:
                 seconds = rig.visit(tokens).median_s
                 expected = predicted[name, tokens].pipelined_s
@@ -116,80 +107,96 @@ def accuracy(rig: Rig, rounds: int, progress: Any) -> list[Row]:
 
 
 def timed(
-    rig: Rig, cases: dict[str, tuple[Tiers, int | None]], rounds: int, progress: Any, label: str
+    rig: Rig, cases: dict[str, Placement], rounds: int, progress: Any, label: str
 ) -> dict[str, dict[int, float]]:
-    """Median seconds of passes of each length of the mix, by name of the case; rounds in random order."""
-    taken: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Seconds of passes of each length of the mix over those of plain INT8, by name of the case.
+
+    Each is measured between two visits of plain INT8, so that the machine's drift is in both; medians of rounds in random
+    order.
+    """
+    ratios: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    plain = rig.uniform("raw")
     task = progress.add_task(label, total=rounds * len(cases))
     draw = random.Random(2)
+
+    def visit(placement: Placement) -> dict[int, float]:
+        rig.place(placement)
+        return {tokens: rig.visit(tokens).median_s for tokens in MIX}
+
     for _ in range(rounds):
+        before = visit(plain)
         for name in draw.sample(list(cases), len(cases)):
-            rig.place(*cases[name])
-            for tokens in MIX:
-                taken[name][tokens].append(rig.visit(tokens).median_s)
+            taken = visit(cases[name])
+            after = visit(plain)
+            for tokens, seconds in taken.items():
+                ratios[name][tokens].append(2 * seconds / (before[tokens] + after[tokens]))
+            before = after
             progress.advance(task)
     return {
-        name: {tokens: statistics.median(seconds) for tokens, seconds in lengths.items()}
-        for name, lengths in taken.items()
+        name: {tokens: statistics.median(found) for tokens, found in lengths.items()}
+        for name, lengths in ratios.items()
     }
 
 
-def mix_s(seconds: dict[int, float]) -> float:
-    """A pass of the mix, on average."""
-    return sum(MIX[tokens] * taken for tokens, taken in seconds.items()) / sum(MIX.values())
+def plain_s(rig: Rig) -> dict[int, float]:
+    """Seconds of passes of plain INT8, now."""
+    rig.place(rig.uniform("raw"))
+    return {tokens: rig.visit(tokens).median_s for tokens in MIX}
+
+
+def over_plain(ratios: dict[int, float], plain: dict[int, float]) -> float:
+    """Time of the mix over that of plain INT8."""
+    weighted = {tokens: MIX[tokens] * plain[tokens] for tokens in MIX}
+    return sum(weighted[n] * ratios[n] for n in MIX) / sum(weighted.values())
+
+
+def row(
+    question: str, name: str, ratios: dict[int, float], plain: dict[int, float], **more: Any
+) -> Row:
+    """Of a placement among others."""
+    return {
+        "question": question,
+        "placement": name,
+        "over_int8": over_plain(ratios, plain),
+        "by_tokens": {str(tokens): ratio for tokens, ratio in ratios.items()},
+        "int8_s": {str(tokens): seconds for tokens, seconds in plain.items()},
+        **more,
+    }
 
 
 def choice(rig: Rig, share: float, plans: int, rounds: int, progress: Any) -> list[Row]:
     """The plan for a budget and random ones of the same memory."""
     budget = int(share * int8_nbytes(rig))
     draw = random.Random(3)
-    cases: dict[str, tuple[Tiers, int | None]] = {
-        "plan": (rig.study.plan(host_memory=budget, mix=MIX).tiers, budget)
-    }
+    cases = {"plan": rig.planned(budget, MIX)[0]}
     for number in range(plans):
-        cases[f"random {number + 1}"] = rig.random_tiers(draw, budget, TOLERANCE), budget
+        cases[f"random {number + 1}"] = rig.random_placement(draw, budget, TOLERANCE)
     taken = timed(rig, cases, rounds, progress, f"choice at {share:.0%}")
-    return [
-        {
-            "question": "choice",
-            "share": share,
-            "placement": name,
-            "measured_s": mix_s(seconds),
-            "by_tokens_s": {str(n): s for n, s in seconds.items()},
-        }
-        for name, seconds in taken.items()
-    ]
+    plain = plain_s(rig)
+    return [row("choice", name, ratios, plain, share=share) for name, ratios in taken.items()]
 
 
 def pareto(rig: Rig, shares: tuple[float, ...], rounds: int, progress: Any) -> list[Row]:
     """Plans and the paper's uniform share over the budget."""
-    cases: dict[str, tuple[Tiers, int | None]] = {"all raw": (rig.uniform("raw"), None)}
-    predicted: dict[str, float] = {}
-    memory: dict[str, int] = {"all raw": int8_nbytes(rig)}
-    for codec in ("packed", "zstd"):
-        cases[f"all {codec}"] = rig.uniform(codec), None
-        memory[f"all {codec}"] = rig.study.others + sum(u.nbytes[codec] for u in rig.units)
+    cases: dict[str, Placement] = {}
+    more: dict[str, dict[str, Any]] = {}
+    others = rig.study.others
+    for codec in ("raw", "packed", "zstd"):
+        cases[f"all {codec}"] = rig.uniform(codec)
+        more[f"all {codec}"] = {"nbytes": others + sum(u.nbytes[codec] for u in rig.units)}
     for share in shares:
         budget = int(share * int8_nbytes(rig))
-        plan = rig.study.plan(host_memory=budget, mix=MIX)
-        cases[f"plan {share:.0%}"] = plan.tiers, budget
-        predicted[f"plan {share:.0%}"], memory[f"plan {share:.0%}"] = plan.seconds, plan.host_nbytes
+        cases[f"plan {share:.0%}"], plan = rig.planned(budget, MIX)
+        plain = sum(each.weight * each.int8_s for each in plan.passes) / sum(MIX.values())
+        predicted = {"predicted": plan.seconds / plain, "share": share}
+        more[f"plan {share:.0%}"] = {"nbytes": plan.host_nbytes, **predicted}
         uniform = rig.uniform_share(budget)
         if uniform is not None:
-            cases[f"uniform {share:.0%}"] = uniform, budget
-            memory[f"uniform {share:.0%}"] = budget
+            cases[f"uniform {share:.0%}"] = uniform
+            more[f"uniform {share:.0%}"] = {"nbytes": budget, "share": share}
     taken = timed(rig, cases, rounds, progress, "pareto")
-    return [
-        {
-            "question": "pareto",
-            "placement": name,
-            "nbytes": memory[name],
-            "measured_s": mix_s(seconds),
-            "predicted_s": predicted.get(name),
-            "by_tokens_s": {str(n): s for n, s in seconds.items()},
-        }
-        for name, seconds in taken.items()
-    ]
+    plain_now = plain_s(rig)
+    return [row("pareto", name, taken[name], plain_now, **more[name]) for name in cases]
 
 
 def show(rows: list[Row], console: Console) -> None:
@@ -230,36 +237,32 @@ def show_choice(rows: list[Row], title: str, console: Console) -> None:
     """The plan among random ones."""
     for share in dict.fromkeys(row["share"] for row in rows):
         mine = [row for row in rows if row["share"] == share]
-        plan = next(row for row in mine if row["placement"] == "plan")
-        others = sorted(r["measured_s"] for r in mine if r["placement"] != "plan")
+        plan = next(row for row in mine if row["placement"] == "plan")["over_int8"]
+        others = sorted(r["over_int8"] for r in mine if r["placement"] != "plan")
         console.print(
-            f"{title}, {share:.0%} of INT8: plan {plan['measured_s'] * 1e3:.2f} ms a pass of the mix; {len(others)} random "
-            f"plans from {others[0] * 1e3:.2f} to {others[-1] * 1e3:.2f}, median {statistics.median(others) * 1e3:.2f}; plan "
-            f"over the best of them {plan['measured_s'] / others[0]:.3f}",
+            f"{title}, {share:.0%} of INT8's memory: time of the mix over plain INT8: plan {plan:.3f}; {len(others)} random "
+            f"placements {others[0]:.3f} to {others[-1]:.3f}, median {statistics.median(others):.3f}; plan over the best of "
+            f"them {plan / others[0]:.3f}",
             highlight=False,
         )
 
 
 def show_pareto(rows: list[Row], title: str, console: Console) -> None:
     """Time over memory."""
-    raw = next(row for row in rows if row["placement"] == "all raw")
-    table = Table(title=title)
+    whole = next(row["nbytes"] for row in rows if row["placement"] == "all raw")
+    table = Table(title=title, caption="time over that of plain INT8, measured beside it")
     table.add_column("placement")
-    for heading in ("MB", "of INT8", "ms", "predicted", *(f"{n} tokens" for n in MIX)):
+    for heading in ("MB", "of INT8", "mix", "predicted", *(f"{n} tokens" for n in MIX)):
         table.add_column(heading, justify="right")
     for row in rows:
-        predicted = row["predicted_s"]
-        slower = [
-            f"{seconds / raw['by_tokens_s'][n] - 1:+.1%}"
-            for n, seconds in row["by_tokens_s"].items()
-        ]
+        predicted = row.get("predicted")
         table.add_row(
             row["placement"],
             f"{row['nbytes'] / 1e6:.1f}",
-            f"{row['nbytes'] / raw['nbytes']:.0%}",
-            f"{row['measured_s'] * 1e3:.2f}",
-            "" if predicted is None else f"{predicted * 1e3:.2f}",
-            *slower,
+            f"{row['nbytes'] / whole:.1%}",
+            f"{row['over_int8']:.3f}",
+            "" if predicted is None else f"{predicted:.3f}",
+            *(f"{ratio:.3f}" for ratio in row["by_tokens"].values()),
         )
     console.print(table)
 

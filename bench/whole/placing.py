@@ -14,10 +14,11 @@ from torch import Tensor
 from watch import Watch
 
 import dcext
-from dcext.policy.predict import Predictor, Unit, place_and_codec
+from dcext.policy.plan import Plan
+from dcext.policy.predict import Prediction, Unit, place_and_codec
 from dcext.runtime.observe import CODECS, forward_of
-from dcext.runtime.placement import slots_for
-from dcext.runtime.planning import Study, study
+from dcext.runtime.placement import SLOTS_NBYTES, slots_for
+from dcext.runtime.planning import SMALL_SLOTS_NBYTES, Study, study
 from dcext.runtime.retier import retier
 from dcext.runtime.weights import weights_of
 
@@ -37,6 +38,14 @@ class Visit:
     def median_s(self) -> float:
         """Of the passes."""
         return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where every layer is, and memory to read into."""
+
+    tiers: Tiers
+    slots_nbytes: int = SLOTS_NBYTES
 
 
 class Rig:
@@ -66,17 +75,23 @@ class Rig:
         """Of the model."""
         return self.study.units
 
-    def predictor(self, host_memory: int | None = None) -> Predictor:
-        """See ``Study.predictor``."""
-        return self.study.predictor(host_memory)
-
-    def place(self, tiers: Tiers, host_memory: int | None = None) -> None:
-        """Moves every layer to its tier, with the room to read into that a budget gives."""
+    def place(self, placement: Placement) -> None:
+        """Moves every layer to its tier."""
         for weight in self.weights:
-            place, codec = place_and_codec(tiers[weight.name])
-            if place == "memory" and weight.tier != tiers[weight.name]:
+            place, codec = place_and_codec(placement.tiers[weight.name])
+            if place == "memory" and weight.tier != placement.tiers[weight.name]:
                 weight.rest_in_memory(self._payloads[weight.name, codec])
-        retier(self.model, self.weights, tiers, slots_for(host_memory))
+        retier(self.model, self.weights, placement.tiers, placement.slots_nbytes)
+
+    def predict(self, placement: Placement, tokens: int) -> Prediction:
+        """Of a pass."""
+        predictor = self.study.predictor(placement.slots_nbytes)
+        return predictor.predict(self.units, placement.tiers, tokens)
+
+    def planned(self, budget: int, mix: Mapping[int, float]) -> tuple[Placement, Plan]:
+        """The plan for a budget of host memory."""
+        plan = self.study.plan(host_memory=budget, mix=mix)
+        return Placement(plan.tiers, plan.slots_nbytes), plan
 
     @torch.inference_mode()
     def visit(self, tokens: int, passes: int | None = None) -> Visit:
@@ -90,16 +105,17 @@ class Rig:
             taken.append(time.perf_counter() - begin)
         return Visit(taken, watch.others())
 
-    def uniform(self, codec: str) -> dict[str, str]:
+    def uniform(self, codec: str) -> Placement:
         """All in memory, in one codec."""
-        return {unit.name: f"memory/{codec}" for unit in self.units}
+        return Placement({unit.name: f"memory/{codec}" for unit in self.units})
 
-    def random_tiers(self, draw: random.Random, budget: int, tolerance: float) -> dict[str, str]:
+    def random_placement(self, draw: random.Random, budget: int, tolerance: float) -> Placement:
         """Random tiers that fit in a budget of host memory and leave little of it.
 
         Starts anywhere and moves random layers, never further from the budget, until at most ``tolerance`` of it is left.
         """
-        predictor = self.predictor(budget)
+        slots = draw.choice([slots_for(budget), SMALL_SLOTS_NBYTES])
+        predictor = self.study.predictor(slots)
         options = {unit.name: predictor.tiers(unit) for unit in self.units}
         units = {unit.name: unit for unit in self.units}
         base = self.study.others
@@ -107,7 +123,7 @@ class Rig:
         def room(tiers: Tiers) -> int:
             taken = sum(predictor.memory(units[n], tier)[0] for n, tier in tiers.items())
             reads = any(tier.startswith("disk/") for tier in tiers.values())
-            return budget - base - taken - (slots_for(budget) if reads else 0)
+            return budget - base - taken - (slots if reads else 0)
 
         # How often each place is drawn differs from plan to plan, so that plans differ as wholes.
         weight = {
@@ -121,9 +137,9 @@ class Rig:
             new = room(moved)
             if (left < 0 and new > left) or (left > 0 and 0 <= new < left):
                 tiers, left = moved, new
-        return tiers
+        return Placement(tiers, slots)
 
-    def uniform_share(self, budget: int) -> dict[str, str] | None:
+    def uniform_share(self, budget: int) -> Placement | None:
         """The paper's: so many layers, evenly spread, entropy-coded that the others fit as plain INT8; None if they never do."""
         for count in range(len(self.units) + 1):
             tiers = {
@@ -134,5 +150,5 @@ class Rig:
             }
             taken = sum(u.nbytes[place_and_codec(tiers[u.name])[1]] for u in self.units)
             if taken + self.study.others <= budget:
-                return tiers
+                return Placement(tiers)
         return None

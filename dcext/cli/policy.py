@@ -195,7 +195,7 @@ def plan(
         made.save(output)
     text = None
     if plot is not None:
-        predictor = studied.predictor(made.host_memory)
+        predictor = studied.predictor(made.slots_nbytes)
         text = plot_plan(plot, predictor, studied.units, made, points)
     if as_json:
         print_json({**made.to_dict(), "curve": [asdict(point) for point in points]})

@@ -317,6 +317,7 @@ class Decider:
             host_nbytes=host,
             device_nbytes=device,
             int8_nbytes=int8_nbytes,
+            slots_nbytes=budget.slots,
             objective=objective,
             machine=machine.name,
             kind=machine.kind,

@@ -79,6 +79,7 @@ class Plan:
         device_memory: likewise on the device.
         host_nbytes, device_nbytes: what they take, all that is not compressed and room for reads included.
         int8_nbytes: what they would take as plain INT8.
+        slots_nbytes: of host memory, to read layers into if some are on the disk.
         objective: in words.
         machine: its name.
         kind: of its figures, ``"measured"`` or ``"projected"``.
@@ -92,6 +93,7 @@ class Plan:
     host_nbytes: int
     device_nbytes: int
     int8_nbytes: int
+    slots_nbytes: int
     objective: str
     machine: str
     kind: str

@@ -84,7 +84,7 @@ class Adapter:
     def _begin_anew(self) -> None:
         """After a look: what is predicted now, and nothing seen of it yet."""
         self._threads = torch.get_num_threads()
-        self._predictor = self._study.predictor(self.plan.host_memory)
+        self._predictor = self._study.predictor(self.plan.slots_nbytes)
         self._predicted: dict[int, Prediction] = {}
         self._ratios: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN))
         self._disk: deque[float] = deque(maxlen=SEEN)
@@ -164,7 +164,7 @@ class Adapter:
         self._study = replace(self._study, observed=corrected)
         found = self._planned()
         mix = {each.tokens: each.weight for each in found.passes}
-        predictor = self._study.predictor(found.host_memory)
+        predictor = self._study.predictor(self.plan.slots_nbytes)
         before_s = sum(
             weight * predictor.predict(self._study.units, self.plan.tiers, tokens).pipelined_s
             for tokens, weight in mix.items()

@@ -101,6 +101,12 @@ class HostStream:
         self.handle: int = self.native.handle
         self.names: Sequence[str] = tuple(origins)
         self.slots_nbytes: int = self.native.slots_nbytes
+        self._requested_nbytes = slots_nbytes
+
+    def is_for(self, names: Sequence[str], slots_nbytes: int, page_cache: bool) -> bool:
+        """Whether a stream that is made anew for these layers of the same model would be equal."""
+        wanted = (tuple(names), slots_nbytes, page_cache)
+        return (self.names, self._requested_nbytes, self.page_cache) == wanted
 
     def statistics(self) -> StreamStatistics:
         """What was done so far."""

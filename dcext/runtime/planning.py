@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dcext.policy.decide import Budget, Decider
+from dcext.policy.decide import Budget, BudgetError, Decider
 from dcext.policy.machine import Machine, load_machine
 from dcext.policy.measure import tune
 from dcext.policy.plan import Plan
@@ -24,9 +24,12 @@ from dcext.runtime.observe import (
     observe_disk,
     observe_streaming,
 )
-from dcext.runtime.placement import other_nbytes, slots_for
+from dcext.runtime.placement import SLOTS_NBYTES, other_nbytes, slots_for
 from dcext.runtime.weights import weights_of
 
+# Where memory is scarce, less to read into leaves more for layers. Two of the largest panels fit.
+SMALL_SLOTS_NBYTES = 2 << 20
+TRAVELING = 2
 FREE_SHARE = 0.8  # of free memory, what an automatic plan takes
 DESCRIBING, OBSERVING = 0.5, 0.5  # shares of the work
 
@@ -47,10 +50,14 @@ class Study:
     observed: Observed
     others: int
 
-    def predictor(self, host_memory: int | None = None) -> Predictor:
-        """Of times, with as many threads as torch has on this machine, and room to read into as the budget gives."""
+    def predictor(self, slots_nbytes: int = SLOTS_NBYTES) -> Predictor:
+        """Of times, with as many threads as torch has on this machine.
+
+        Args:
+            slots_nbytes: memory to read layers into.
+        """
         threads = torch.get_num_threads() if self.machine.identity else None
-        return Predictor(self.machine, threads, self.observed, slots_for(host_memory))
+        return Predictor(self.machine, threads, self.observed, slots_nbytes)
 
     def plan(
         self,
@@ -82,9 +89,35 @@ class Study:
                 f"{format_nbytes(n)} of {place} memory" for place, n in sizes if n is not None
             ]
             objective = f"least time in {' and '.join(bounds) or 'unbounded memory'}"
-        decider = Decider(self.predictor(host), self.units, mix, self.others)
-        travel = 2 * max((unit.weights for unit in self.units), default=0) if on_device else 0
-        budget = Budget(host, device, self.others, slots_for(host), travel)
+        plans: list[Plan] = []
+        for slots in sorted({slots_for(host), min(slots_for(host), SMALL_SLOTS_NBYTES)}):
+            try:
+                plans.append(self._plan(mix, host, device, slots, slowdown, objective))
+            except BudgetError as error:
+                missed = error
+        if not plans:
+            raise missed
+        if slowdown is None:
+            return min(plans, key=lambda plan: plan.seconds)
+        return min(plans, key=lambda plan: plan.device_nbytes if on_device else plan.host_nbytes)
+
+    def _plan(
+        self,
+        mix: Mapping[int, float],
+        host: int | None,
+        device: int | None,
+        slots_nbytes: int,
+        slowdown: float | None,
+        objective: str,
+    ) -> Plan:
+        """With so much memory to read into."""
+        travel = 0
+        if (
+            self.machine.device is not None
+        ):  # two of the largest, one filled while the other is used
+            travel = TRAVELING * max((unit.weights for unit in self.units), default=0)
+        budget = Budget(host, device, self.others, slots_nbytes, travel)
+        decider = Decider(self.predictor(slots_nbytes), self.units, mix, self.others)
         if slowdown is None:
             return decider.plan(decider.within(budget), budget, objective)
         bound = (1 + slowdown) * decider.mean_s(decider.int8())

@@ -17,7 +17,6 @@ from dcext.runtime.placement import (
     Offload,
     offload_of,
     other_nbytes,
-    slots_for,
 )
 from dcext.runtime.weights import Weight, weights_of
 
@@ -51,13 +50,12 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
     _check(plan.tiers, weights)
     moves = {weight.name: plan.tiers.get(weight.name, weight.tier) for weight in weights}
     gate = gate_of(model)
-    slots = slots_for(plan.host_memory)
     report = progress or (lambda nbytes: None)
     result = retier(
         model,
         weights,
         moves,
-        slots,
+        plan.slots_nbytes,
         between=gate.between_passes,
         moved=lambda weight: report(weight.module.num_weights),
     )
@@ -140,7 +138,7 @@ def _stream_for(
     if page_cache is None:
         page_cache = stream is not None and stream.page_cache
     names = [weight.name for weight in streamed]
-    if stream is not None and list(stream.names) == names and stream.page_cache == page_cache:
+    if stream is not None and stream.is_for(names, slots_nbytes, page_cache):
         return stream
     origins = {weight.name: weight.origin for weight in streamed if weight.origin is not None}
     return HostStream(origins, slots_nbytes, page_cache=page_cache)
