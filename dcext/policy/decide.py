@@ -19,7 +19,7 @@ from dcext.policy.predict import (
 )
 from dcext.policy.solve import Choice, Floats, Problem, solutions
 
-BISECTIONS = 14  # of memory, for a bound of time: finer than one layer in thousands
+FINE = 0.005  # of memory, for a bound of time
 SPREAD_LOSES = 1e-3  # relative time that an even order may cost
 SLOWER_DISK = 1.4
 MOVES = 200  # predictions of whole passes, of a few tenths of a millisecond
@@ -107,8 +107,8 @@ class Decider:
         weight = np.array(list(self.mix.values()), dtype=np.float64)
         return Problem(time, self.memory, np.array([host, device], dtype=np.float64), weight)
 
-    def within(self, budget: Budget) -> dict[str, str]:
-        """The fastest tiers within a budget.
+    def within(self, budget: Budget, *, quick: bool = False) -> dict[str, str]:
+        """The fastest tiers within a budget; nearly so if ``quick``.
 
         Candidates come from the model of resources that overlap wholly; of them, and of what is a move away, the best by
         the whole prediction is taken.
@@ -120,14 +120,14 @@ class Decider:
         for problem in self._problems(budget):
             if (problem.budget < 0).any():
                 continue
-            for choice in solutions(problem):
+            for choice in solutions(problem, quick=quick):
                 tiers = self._named(self._spread(problem, choice))
                 seconds = self.mean_s(tiers)
                 if best is None or seconds < best[0]:
                     best = seconds, tiers
         if best is None:
             raise BudgetError(self._shortfall(budget))
-        return self._improved(best[1], best[0], budget)
+        return best[1] if quick else self._improved(best[1], best[0], budget)
 
     def _improved(self, tiers: dict[str, str], seconds: float, budget: Budget) -> dict[str, str]:
         """Single moves that fit and are faster by the whole prediction; only so many are tried, kinds in turns."""
@@ -223,27 +223,28 @@ class Decider:
                 f"plan: expected at most {bound * 1e3:.3f} ms a pass, found {self.mean_s(fastest) * 1e3:.3f} ms for the "
                 "fastest tiers within the budget"
             )
-        best, high = fastest, self.nbytes(fastest, budget)[self.on_device]
-        low = 0
-        for _ in range(BISECTIONS):
+        where = int(self.on_device)
+        best, low, high = fastest, 0, self.nbytes(fastest, budget)[where]
+        while high - low > FINE * self.nbytes(fastest, budget)[where]:
             middle = (low + high) // 2
-            tighter = Budget(
-                budget.host if self.on_device else middle,
-                middle if self.on_device else budget.device,
-                budget.others,
-                budget.slots,
-                budget.travel,
-            )
-            try:
-                tiers = self.within(tighter)
-            except BudgetError:
+            tiers = self._fast_enough(middle, bound, budget, quick=True)
+            if tiers is None:
                 low = middle
-                continue
-            if self.mean_s(tiers) <= bound:
-                best, high = tiers, min(middle, self.nbytes(tiers, budget)[self.on_device])
             else:
-                low = middle
-        return best
+                best, high = tiers, self.nbytes(tiers, budget)[where]
+        # Where a quick look failed a thorough one may not: a little less is tried.
+        return self._fast_enough(low, bound, budget, quick=False) or best
+
+    def _fast_enough(
+        self, nbytes: int, bound: float, budget: Budget, *, quick: bool
+    ) -> dict[str, str] | None:
+        """Tiers in so much memory where the model runs that keep a bound of time, or None."""
+        place = {"device": nbytes} if self.on_device else {"host": nbytes}
+        try:
+            tiers = self.within(replace(budget, **place), quick=quick)
+        except BudgetError:
+            return None
+        return tiers if self.mean_s(tiers) <= bound else None
 
     def int8(self) -> dict[str, str]:
         """Everything as plain INT8 where the model runs."""

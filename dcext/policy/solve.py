@@ -22,6 +22,7 @@ Floats = NDArray[np.float64]
 Choice = NDArray[np.int64]
 
 STEPS = 200
+FITTED = 40  # candidates that are made to fit
 IMPROVED = 8  # of the candidates, the best so many
 DRAWN = 16  # candidates at drawn prices of pools, for budgets that are hard to meet
 PAIRS = 1_000_000  # candidates of pair moves looked at in all
@@ -71,16 +72,21 @@ def solve(problem: Problem) -> Choice | None:
     return found[0] if found else None
 
 
-def solutions(problem: Problem) -> list[Choice]:
-    """A few good choices that fit, the best first: the first is ``solve``'s."""
+def solutions(problem: Problem, *, quick: bool = False) -> list[Choice]:
+    """A few good choices that fit, the best first: the first is ``solve``'s, unless ``quick``, which tries no pairs."""
     if len(problem.time) == 0:
         return [np.zeros(0, dtype=np.int64)]
     search = _Search(problem)
-    fitted = [choice for choice in map(search.fit, search.candidates()) if choice is not None]
+    found = search.candidates()
+    if len(found) > FITTED:  # evenly along the way, which ends near the best, and that end
+        found = _distinct([*found[:: -(-2 * len(found) // FITTED)], *found[-FITTED // 2 :]])
+    fitted = [choice for choice in map(search.fit, found) if choice is not None]
     if not fitted:
         return []
     fitted = sorted(_distinct(fitted), key=problem.seconds)[:IMPROVED]
     improved = sorted((search.improve(choice) for choice in fitted), key=problem.seconds)
+    if quick:
+        return _distinct(improved)
     return _distinct([search.improve_by_pairs(improved[0]), *improved])
 
 
