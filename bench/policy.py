@@ -1,44 +1,56 @@
 """Does the policy predict, and choose, well? On a real model, against the clock.
 
-    python bench/policy.py [--questions accuracy,choice,pareto] [--models zstd,packed] [--output FILE.json] [--smoke]
+    python bench/policy.py [--questions accuracy,choice,..] [--models zstd,packed] [--output FILE.json] [--smoke]
 
 SmolLM2-135M-Instruct as `dcext compress` makes it for each codec, made once in build/policy. Layers are moved from tier to
 tier within one process, in random order and several rounds, since the speed of shared machines drifts by a third within
-minutes. Three questions:
+minutes. Four questions:
 
 - accuracy: predicted against measured time of passes, for placements of all kinds. Predictions are made before the clock
   runs, as they follow from `dcext plan`, and once more corrected by what passes of the placements before took.
 - choice: the plan for a budget against 30 random ones that take the same memory.
 - pareto: plans over the budget, against the uniform share of the paper and all-or-nothing.
+- adaptation: a model that runs under `dcext.adapt` while threads go, or a control group holds the disk back.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import statistics
 import sys
 from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "third_party"))
 
+import torch
 from hardware import ROOT, hardware_line
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rowfile import Row, RowFile
+from whole.limits import slower_disk
 from whole.placing import Placement, Rig
 from whole.policy_models import policy_model
 
-QUESTIONS = ("accuracy", "choice", "pareto")
+from dcext.runtime.adapt import Adapter
+from dcext.runtime.planning import study
+
+QUESTIONS = ("accuracy", "choice", "pareto", "adaptation")
 LENGTHS = (1, 16, 512)
 MIX = {1: 128.0, 512: 1.0}  # a prompt, and an answer of a quarter of its length
 SHARES = (0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0)  # of plain INT8's memory
 CHOICE_SHARES = (0.45, 0.6)
 RANDOM_PLANS = 30
 TOLERANCE = 0.01  # of the memory, that random plans may leave
+ADAPT_SHARES = (0.35, 0.5)
+WARM_PASSES, ADAPT_PASSES = 30, 25
+SLOW_DISK = 0.3e9  # bytes/s
 RECENT = 5  # visits that correct the next prediction
 
 
@@ -199,6 +211,98 @@ def pareto(rig: Rig, shares: tuple[float, ...], rounds: int, progress: Any) -> l
     return [row("pareto", name, taken[name], plain_now, **more[name]) for name in cases]
 
 
+def adaptation(rig: Rig, folder: Path, rounds: int, progress: Any) -> list[Row]:
+    """Passes of one token under an adapter; in the middle there are fewer threads, or a slower disk.
+
+    For each change: passes until layers were moved last, and the time of a pass then over that of the plan that is made from
+    scratch under the new condition, both measured in turns.
+    """
+    threads = torch.get_num_threads()
+
+    @contextlib.contextmanager
+    def one_thread() -> Iterator[None]:
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    changes: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+        "one thread": one_thread,
+        "disk at 0.3 GB/s": lambda: slower_disk(folder, SLOW_DISK),
+    }
+    rows = []
+    task = progress.add_task("adaptation", total=len(changes) * len(ADAPT_SHARES))
+    for share in ADAPT_SHARES:
+        for name, change in changes.items():
+            try:
+                rows.append(adapted(rig, share, name, change, rounds))
+            except OSError as error:
+                print(f"{name}: not measured: {error}", file=sys.stderr)
+            progress.advance(task)
+    return rows
+
+
+def adapted(
+    rig: Rig,
+    share: float,
+    name: str,
+    change: Callable[[], contextlib.AbstractContextManager[None]],
+    rounds: int,
+) -> Row:
+    """One change, of ``adaptation``."""
+    budget = int(share * int8_nbytes(rig))
+    options = {"host_memory": budget, "tokens": 1}
+    rig.place(rig.uniform("raw"))
+    adapter = Adapter(rig.model, rig.study, options)
+    with torch.inference_mode():
+        for _ in range(WARM_PASSES):
+            rig.forward(1)
+        looked, passes = len(adapter.looks), adapter.passes
+        before = Placement(adapter.plan.tiers, adapter.plan.slots_nbytes)
+        with change():
+            for _ in range(ADAPT_PASSES):
+                rig.forward(1)
+            adapter.stop()
+            looks = adapter.looks[looked:]
+            after = Placement(adapter.plan.tiers, adapter.plan.slots_nbytes)
+            rig.place(rig.uniform("raw"))
+            fresh = study(rig.model, (1,)).plan(**options)
+            best = Placement(fresh.tiers, fresh.slots_nbytes)
+            cases = {"before": before, "adapted": after, "best": best}
+            taken: dict[str, list[float]] = defaultdict(list)
+            for _ in range(2 * rounds):
+                for case, placement in cases.items():
+                    rig.place(placement)
+                    taken[case].append(rig.visit(1).median_s)
+    medians = {case: statistics.median(seconds) for case, seconds in taken.items()}
+    moves = [look.passes - passes for look in looks if look.moved]
+    return {
+        "question": "adaptation",
+        "placement": name,
+        "share": share,
+        "seconds": medians,
+        "moved_after": moves,
+        "looks": [asdict(look) for look in looks],
+        "over_best": medians["adapted"] / medians["best"],
+        "unadapted_over_best": medians["before"] / medians["best"],
+    }
+
+
+def show_adaptation(rows: list[Row], title: str, console: Console) -> None:
+    """Passes until layers were moved, and what that gave."""
+    table = Table(title=title, caption="ms: of a pass of one token under the new condition")
+    table.add_column("change")
+    for heading in ("of INT8", "moved after passes", "ms before", "adapted", "best", "over best"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        figures = [f"{row['seconds'][case] * 1e3:.2f}" for case in ("before", "adapted", "best")]
+        moved = ", ".join(str(n) for n in row["moved_after"]) or "not"
+        over = f"{row['over_best']:.3f}"
+        table.add_row(row["placement"], f"{row['share']:.0%}", moved, *figures, over)
+    console.print(table)
+
+
 def show(rows: list[Row], console: Console) -> None:
     """A table for each question, and what there is to say of it."""
     for question in QUESTIONS:
@@ -267,7 +371,12 @@ def show_pareto(rows: list[Row], title: str, console: Console) -> None:
     console.print(table)
 
 
-TABLES = {"accuracy": show_accuracy, "choice": show_choice, "pareto": show_pareto}
+TABLES = {
+    "accuracy": show_accuracy,
+    "choice": show_choice,
+    "pareto": show_pareto,
+    "adaptation": show_adaptation,
+}
 
 
 def main() -> None:
@@ -308,6 +417,8 @@ def main() -> None:
                     rows += choice(rig, share, plans, rounds, progress)
             if "pareto" in asked:
                 rows += pareto(rig, SHARES[3:4] if smoke else SHARES, rounds, progress)
+            if "adaptation" in asked:
+                rows += adaptation(rig, folder, rounds, progress)
         for row in rows:
             whole = {"model": codec, "hardware": line, **row}
             results.add(results.key_of(whole), whole)

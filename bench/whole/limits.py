@@ -75,6 +75,25 @@ def confined(limits: Limits) -> Iterator[Confinement]:
         yield confinement
 
 
+@contextlib.contextmanager
+def slower_disk(folder: Path, bytes_per_s: float) -> Iterator[None]:
+    """Holds what this process reads from the disk of a folder to a rate meanwhile, by a control group of version 1.
+
+    Raises:
+        OSError: there are none, or they may not be made.
+    """
+    with contextlib.ExitStack() as stack:
+        group = _group("blkio", stack)
+        rule = f"{disk_of(folder)} {bytes_per_s:.0f}"
+        (group / "blkio.throttle.read_bps_device").write_text(rule)
+        own = str(os.getpid())
+        (group / "cgroup.procs").write_text(own)
+        try:
+            yield
+        finally:
+            (group.parent / "cgroup.procs").write_text(own)
+
+
 def disk_of(folder: Path) -> str:
     """``major:minor`` of the whole disk that a folder lies on.
 

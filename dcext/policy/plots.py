@@ -5,6 +5,7 @@ matplotlib and plotext (extra ``plot``) are imported when one is drawn.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +37,19 @@ class RooflinePoint:
 
 
 def roofline_points(predictor: Predictor, units: Sequence[Unit], plan: Plan) -> list[RooflinePoint]:
-    """A point for each kind of layer, tier and number of tokens of a plan; look-ups have none."""
+    """A point for each kind of layer, tier and number of tokens of a plan.
+
+    Not of embeddings, nor of layers of which there is one: a head multiplies fewer tokens than its pass has.
+    """
     by_name = {unit.name: unit for unit in units}
+    count = Counter(unit.kind for unit in units)
     found: dict[tuple[object, ...], RooflinePoint] = {}
     for layer in plan.layers:
         unit = by_name[layer.name]
         codec = place_and_codec(layer.tier)[1]
         for each in plan.passes:
             key = (unit.kind, layer.tier, each.tokens)
-            if key in found or not unit.multiplied:
+            if key in found or unit.looked_up or count[unit.kind] == 1:
                 continue
             operations = 2 * unit.weights * each.tokens * unit.multiplied
             seconds = predictor.compute_s(unit, codec, each.tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,18 +15,21 @@ import torch
 from torch import nn
 
 from dcext.policy.machine import Machine
-from dcext.policy.plan import Plan
-from dcext.policy.predict import COMPUTE, Prediction
-from dcext.runtime.observe import Forward, Progress
+from dcext.policy.predict import COMPUTE, Observed, Prediction, Unit
+from dcext.runtime.observe import CODECS, Forward, LayerClock, Progress
 from dcext.runtime.passes import gate_of
 from dcext.runtime.placement import offload_of
 from dcext.runtime.planning import Study, checked_mix, study
 from dcext.runtime.retier import apply
+from dcext.runtime.weights import Weight, weights_of
 
 SEEN = 5  # passes that are looked back on
 DRIFT = 1.15  # a pass that takes so much longer or shorter than predicted calls for another look
 PATIENCE = 3  # such passes one after the other
-REST = 10  # passes after a look, in which there is no other
+REST = 6  # passes after a look, in which there is no other for the same cause; after one that moved nothing four times as
+TIRED = 4  # many as before: a machine whose speed wavers is not looked at for ever
+CLOCKED = 3  # passes in which layers are timed
+LEAST_OTHER = 0.2  # of what is not a layer, below which it is not corrected
 GAIN = 0.03  # of the time of a pass, for which layers are moved
 STALLED = 0.1  # share of a pass spent waiting from which the disk is what binds
 
@@ -37,7 +40,8 @@ class Look:
 
     Attributes:
         passes: that had run by then.
-        reason: why.
+        cause: ``"threads"``, ``"compute"`` or ``"disk"``.
+        reason: why, in words.
         before_s: predicted, of a pass of the mix with the tiers of then, under what was observed.
         after_s: with the best tiers.
         moved: whether layers were moved; not for a gain of under 3 %.
@@ -45,6 +49,7 @@ class Look:
     """
 
     passes: int
+    cause: str
     reason: str
     before_s: float
     after_s: float
@@ -54,6 +59,9 @@ class Look:
 
 class Adapter:
     """What ``adapt`` returns. Works between passes, in the thread that ran the pass.
+
+    It watches the time of passes. When that drifts from what was predicted, a few layers get codecs that no other of their
+    kind has, layers are timed for a few passes, times are corrected, and the plan is made anew.
 
     Attributes:
         plan: that is in force.
@@ -66,9 +74,15 @@ class Adapter:
         self._model = model
         self._study = studied
         self._options = dict(options)
+        self._weights = weights_of(model)
+        self._clock = LayerClock(self._weights)
         self.looks: list[Look] = []
         self.passes = 0
-        self.plan = self._planned()
+        self._rest = dict.fromkeys(("threads", "compute", "disk"), REST)
+        self._rested = dict.fromkeys(
+            self._rest, 0
+        )  # number of the pass from which on there may be a look
+        self.plan = studied.plan(**self._options)
         apply(model, self.plan)
         self._begin_anew()
         self._gate = gate_of(model)
@@ -77,17 +91,17 @@ class Adapter:
     def stop(self) -> None:
         """Watches no more; the plan stays."""
         self._gate.listener = None
-
-    def _planned(self) -> Plan:
-        return self._study.plan(**self._options)
+        self._clock.stop()
 
     def _begin_anew(self) -> None:
         """After a look: what is predicted now, and nothing seen of it yet."""
         self._threads = torch.get_num_threads()
         self._predictor = self._study.predictor(self.plan.slots_nbytes)
         self._predicted: dict[int, Prediction] = {}
-        self._ratios: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN))
+        self._computed: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN))
         self._disk: deque[float] = deque(maxlen=SEEN)
+        self._reason = ""
+        self._clocked: list[dict[str, float]] = []
         self._drifted = 0
         self._since = 0
         self._counts = self._stream_counts()
@@ -100,21 +114,21 @@ class Adapter:
     def _after_pass(self, tokens: int, seconds: float) -> None:
         self.passes += 1
         self._since += 1
+        if self._reason:
+            self._see_layers(tokens)
+            return
         before, self._counts = self._counts, self._stream_counts()
         stalled = self._see_disk(before, seconds)
-        if tokens not in self._predicted:
-            tiers = self.plan.tiers
-            self._predicted[tokens] = self._predictor.predict(self._study.units, tiers, tokens)
-        computed = max(seconds - stalled, 1e-9)
-        self._ratios[tokens].append(computed / self._predicted[tokens].resources_s[COMPUTE])
-        reason = self._drift(tokens)
-        self._drifted = self._drifted + 1 if reason else 0
-        if (
-            reason
-            and self._drifted >= PATIENCE
-            and self._since >= min(REST, PATIENCE + self.passes)
-        ):
-            self._look(reason)
+        self._computed[tokens].append(max(seconds - stalled, 1e-9))
+        drifts = self._drifts(tokens)
+        due = [cause for cause in drifts if self.passes >= self._rested[cause]]
+        self._drifted = self._drifted + 1 if due else 0
+        if self._drifted >= PATIENCE:
+            self._since = 0
+            self._cause, self._reason, self._length = due[0], drifts[due[0]], tokens
+            self._explore()
+            self._clock.take()
+            self._clock.start()
 
     def _see_disk(self, before: Mapping[str, Any], seconds: float) -> float:
         """Seconds in which the pass waited; remembers what the disk gave if that can be told."""
@@ -122,49 +136,86 @@ class Adapter:
         if not before or not after:
             return 0.0
         stalled = min(max(after["stall_s"] - before["stall_s"], 0.0), seconds)
-        used = after["used_nbytes"] - before["used_nbytes"]
-        reading = after["reading_s"] - before["reading_s"]
+        rate = (after["used_nbytes"] - before["used_nbytes"]) / seconds
         known = (self._predictor.disk_gbps or 0.0) * 1e9
-        if used > 0 and reading > 0:
-            # Where reads are hidden few of them run side by side: what they give says less than the disk can.
-            rate = used / seconds if stalled > STALLED * seconds else used / reading
-            hidden = stalled <= STALLED * seconds and known / 2 <= rate <= known
-            self._disk.append(known if hidden else rate)
+        # Reads that nobody waits for show only that the disk gives no less.
+        self._disk.append(rate if stalled > STALLED * seconds else max(rate, known))
         return stalled
 
-    def _drift(self, tokens: int) -> str:
-        """In words, what is not as predicted; empty if all is."""
-        if torch.get_num_threads() != self._threads:
-            return f"{torch.get_num_threads()} threads instead of {self._threads}"
-        ratios = self._ratios[tokens]
-        if len(ratios) >= PATIENCE:
-            ratio = statistics.median(list(ratios)[-PATIENCE:])
+    def _prediction(self, tokens: int) -> Prediction:
+        if tokens not in self._predicted:
+            tiers = self.plan.tiers
+            self._predicted[tokens] = self._predictor.predict(self._study.units, tiers, tokens)
+        return self._predicted[tokens]
+
+    def _drifts(self, tokens: int) -> dict[str, str]:
+        """What is not as predicted, in words, by its cause."""
+        found = {}
+        threads = torch.get_num_threads()
+        if threads != self._threads:
+            found["threads"] = f"{threads} threads instead of {self._threads}"
+        computed = list(self._computed[tokens])[-PATIENCE:]
+        if len(computed) == PATIENCE:
+            ratio = statistics.median(computed) / self._prediction(tokens).resources_s[COMPUTE]
             if abs(math.log(ratio)) > math.log(DRIFT):
-                return (
+                found["compute"] = (
                     f"passes of {tokens} tokens compute for {ratio:.2f} times as long as predicted"
                 )
-        known = self._predictor.disk_gbps
-        if len(self._disk) >= PATIENCE and known:
-            rate = statistics.median(list(self._disk)[-PATIENCE:]) / 1e9
+        rates, known = list(self._disk)[-PATIENCE:], self._predictor.disk_gbps
+        if len(rates) == PATIENCE and known:
+            rate = statistics.median(rates) / 1e9
             if abs(math.log(rate / known)) > math.log(DRIFT):
-                return f"the disk gives {rate:.2f} GB/s instead of {known:.2f}"
-        return ""
+                found["disk"] = f"the disk gives {rate:.2f} GB/s instead of {known:.2f}"
+        return found
 
-    def _look(self, reason: str) -> None:
+    def _explore(self) -> None:
+        """Gives one layer of each kind every codec that none has in memory, as far as the budget allows."""
+        room = math.inf
+        if self.plan.host_memory is not None:
+            room = self.plan.host_memory - self.plan.host_nbytes
+        by_kind: dict[object, list[tuple[Weight, Unit]]] = defaultdict(list)
+        for weight, unit in zip(self._weights, self._study.units, strict=True):
+            if weight.tier.startswith("memory/"):
+                by_kind[unit.kind].append((weight, unit))
+        changes = []
+        for members in by_kind.values():
+            codecs = Counter(weight.module.codec for weight, _ in members)
+            for codec in CODECS:
+                weight, unit = members[-1]
+                taken = unit.nbytes[codec] - weight.module.payload.nbytes
+                if codec in codecs or codecs[weight.module.codec] == 1 or taken > room:
+                    continue
+                codecs[weight.module.codec] -= 1
+                room -= max(taken, 0)
+                changes.append((weight, weight.payload(codec)))
+                members.pop()
+        with self._gate.between_passes():
+            for weight, payload in changes:
+                weight.rest_in_memory(payload)
+
+    def _see_layers(self, tokens: int) -> None:
+        """Of a pass while layers are timed; after some, the look."""
+        taken = self._clock.take()
+        if tokens == self._length:
+            self._clocked.append(taken)
+        if len(self._clocked) < CLOCKED and self._since < 8 * CLOCKED:
+            return
+        self._clock.stop()
+        self._look()
+
+    def _look(self) -> None:
         """Corrects times by what was seen, plans, and moves layers if that gains enough."""
         begin = time.perf_counter()
-        observed = self._study.observed
-        scale = dict(observed.scale)
-        if torch.get_num_threads() == self._threads:
-            for tokens, ratios in self._ratios.items():
-                scale[tokens] = self._predictor.scale(tokens) * statistics.median(ratios)
         rates = list(self._disk)[-PATIENCE:]
-        disk_gbps = statistics.median(rates) / 1e9 if rates else observed.disk_gbps
-        corrected = replace(observed, scale=scale, disk_gbps=disk_gbps)
-        self._study = replace(self._study, observed=corrected)
-        found = self._planned()
-        mix = {each.tokens: each.weight for each in found.passes}
+        observed = self._study.observed
+        if self._clocked:
+            observed = self._corrected(self._length)
+        if rates:
+            observed = replace(observed, disk_gbps=statistics.median(rates) / 1e9)
+        self._study = replace(self._study, observed=observed)
+        found = self._study.plan(**self._options, quick=True)
         predictor = self._study.predictor(self.plan.slots_nbytes)
+        mix = {each.tokens: each.weight for each in found.passes}
         before_s = sum(
             weight * predictor.predict(self._study.units, self.plan.tiers, tokens).pipelined_s
             for tokens, weight in mix.items()
@@ -172,10 +223,54 @@ class Adapter:
         moved = found.seconds < before_s * (1 - GAIN)
         if moved:
             self.plan = found
-            apply(self._model, found)
+        apply(self._model, self.plan)  # also ends the exploration
         seconds = time.perf_counter() - begin
-        self.looks.append(Look(self.passes, reason, before_s, found.seconds, moved, seconds))
+        self.looks.append(Look(self.passes, self._reason, before_s, found.seconds, moved, seconds))
         self._begin_anew()
+
+    def _corrected(self, tokens: int) -> Observed:
+        """Times of layers as they were seen; those of codecs that were not seen, in proportion."""
+        old = self._study.predictor(self.plan.slots_nbytes)
+        units = self._study.units
+        seen: dict[tuple[object, str], list[float]] = defaultdict(list)
+        for weight, unit in zip(self._weights, units, strict=True):
+            taken = [clocked[unit.name] for clocked in self._clocked if unit.name in clocked]
+            if taken and weight.tier.startswith("memory/"):
+                expected = old.compute_s(unit, weight.module.codec, tokens)
+                ratio = statistics.median(taken) / max(expected, 1e-9)
+                seen[unit.kind, weight.module.codec].append(ratio)
+        if not seen:
+            return self._study.observed
+        ratios = {key: statistics.median(values) for key, values in seen.items()}
+        typical = {
+            codec: statistics.median([r for (_, c), r in ratios.items() if c == codec] or [0.0])
+            for codec in CODECS
+        }
+        overall = statistics.median(ratios.values())
+        lengths = {*old.observed.other_s, tokens}
+        layer_s: dict[tuple[object, str], dict[int, float]] = {}
+        for unit in {unit.kind: unit for unit in units}.values():
+            for codec in CODECS:
+                ratio = ratios.get((unit.kind, codec)) or typical[codec] or overall
+                layer_s[unit.kind, codec] = {
+                    n: old.compute_s(unit, codec, n) * (ratio if n == tokens else 1.0)
+                    for n in lengths
+                }
+        other_s = {n: old.other_s(n) for n in lengths}
+        corrected = replace(
+            old.observed,
+            layer_s=layer_s,
+            other_s=other_s,
+            threads=torch.get_num_threads(),
+            scale={},
+        )
+        # What passes took before layers were timed, less the layers: hooks are not part of it.
+        new = replace(self._study, observed=corrected).predictor(self.plan.slots_nbytes)
+        layers = new.predict(units, self.plan.tiers, tokens)
+        computed = statistics.median(list(self._computed[tokens])[-PATIENCE:])
+        rest = computed - (layers.resources_s[COMPUTE] - layers.other_s)
+        other_s[tokens] = max(rest, LEAST_OTHER * other_s[tokens], 1e-6)
+        return replace(corrected, other_s=other_s)
 
 
 def adapt(
@@ -191,9 +286,9 @@ def adapt(
 ) -> Adapter:
     """Plans as ``dcext.plan``, moves the layers as ``dcext.apply``, and goes on doing so while the model runs.
 
-    Every pass is timed (some tens of microseconds). Where three in a row compute, or read, 15 % faster or slower than was
-    predicted, or the number of threads is another, times are corrected and the plan is made anew; layers are moved, between
-    passes, if that gains 3 %. Outputs stay the same bits.
+    Every pass is timed (some tens of microseconds). Where three in a row compute 15 % faster or slower than was predicted, or
+    wait for a disk that does, or the number of threads is another, layers are timed for three passes and the plan is made
+    anew (seconds, between passes); layers are moved if that gains 3 %. Outputs stay the same bits.
 
     Args:
         model: a compressed model on the CPU.

@@ -18,7 +18,7 @@ from dcext.runtime.retier import apply
 from dcext.runtime.weights import weights_of
 
 WATCHED = 3  # passes of each length
-POINTS = 9  # of a curve
+SHARES = [0.3 + 0.07 * i for i in range(11)]  # of plain INT8's memory
 
 
 @torch.inference_mode()
@@ -62,7 +62,7 @@ def curve(
     forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> list[CurvePoint]:
-    """Plans from the least memory that the compressed model takes to what plain INT8 does.
+    """Plans over the budget, up to the memory of plain INT8; none where a budget is too small for any.
 
     Args:
         study: of the model.
@@ -72,11 +72,11 @@ def curve(
         progress: called with what is done and its share of the whole.
     """
     report = progress or (lambda what, share: None)
-    smallest = sum(min(unit.nbytes.values()) for unit in study.units)
     int8 = sum(unit.nbytes["raw"] for unit in study.units)
     points = []
-    for i in range(POINTS):
-        budget = study.others + smallest + (int8 - smallest) * i // (POINTS - 1)
+    for share in SHARES:
+        report(f"{share:.0%} of INT8's memory", 1 / len(SHARES))
+        budget = study.others + int(share * int8)
         on_device = study.machine.device is not None
         try:
             plan = (
@@ -84,7 +84,7 @@ def curve(
                 if on_device
                 else study.plan(host_memory=budget, mix=mix)
             )
-        except BudgetError:  # the slots that a device needs for what travels do not fit
+        except BudgetError:
             continue
         nbytes = plan.device_nbytes if on_device else plan.host_nbytes
         taken = None
@@ -94,5 +94,4 @@ def curve(
                 by_tokens = {tokens: pass_seconds(forward, tokens) for tokens in mix}
             taken = sum(mix[n] * s for n, s in by_tokens.items()) / sum(mix.values())
         points.append(CurvePoint(nbytes, plan.seconds, taken))
-        report(f"plan {i + 1} of {POINTS}", 1 / POINTS)
     return points

@@ -93,27 +93,46 @@ def forward_of(model: nn.Module) -> Forward:
 
 
 class LayerClock:
-    """Times the layers of a model between ``with``; reads nothing else of it."""
+    """Times the layers of a model while it is started; reads nothing else of it.
+
+    Attributes:
+        seconds: of each weight's modules, by its name, added up since they were cleared.
+    """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self._weights = weights
+        self._handles: list[Any] = []
         self.seconds: dict[str, float] = defaultdict(float)
+
+    def start(self) -> None:
+        """Adds hooks."""
+        for weight in self._weights:
+            for module in weight.modules:
+                self._watch(weight.name, module)
+
+    def stop(self) -> None:
+        """Removes them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def take(self) -> dict[str, float]:
+        """What was added up since the last call."""
+        taken = dict(self.seconds)
+        self.seconds.clear()
+        return taken
 
     @contextmanager
     def running(self) -> Iterator[dict[str, float]]:
-        """Adds up the seconds of each weight's modules, by its name, of the passes meanwhile."""
+        """Started meanwhile; gives ``seconds``."""
         self.seconds.clear()
-        handles = []
-        for weight in self._weights:
-            for module in weight.modules:
-                handles += self._watch(weight.name, module)
+        self.start()
         try:
             yield self.seconds
         finally:
-            for handle in handles:
-                handle.remove()
+            self.stop()
 
-    def _watch(self, name: str, module: nn.Module) -> list[Any]:
+    def _watch(self, name: str, module: nn.Module) -> None:
         began = [0.0]
 
         def begin(module: nn.Module, args: object) -> None:
@@ -122,7 +141,10 @@ class LayerClock:
         def end(module: nn.Module, args: object, output: object) -> None:
             self.seconds[name] += time.perf_counter() - began[0]
 
-        return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+        self._handles += [
+            module.register_forward_pre_hook(begin),
+            module.register_forward_hook(end),
+        ]
 
 
 @torch.inference_mode()

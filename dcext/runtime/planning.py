@@ -67,8 +67,9 @@ class Study:
         slowdown: float | None = None,
         tokens: int = 1,
         mix: Mapping[int, float] | None = None,
+        quick: bool = False,
     ) -> Plan:
-        """See ``plan``."""
+        """See ``plan``; ``quick`` takes a fraction of the time for plans that are nearly as good."""
         mix = checked_mix(tokens, mix)
         host = None if host_memory is None else parse_nbytes("host_memory", host_memory)
         device = None if device_memory is None else parse_nbytes("device_memory", device_memory)
@@ -92,7 +93,7 @@ class Study:
         plans: list[Plan] = []
         for slots in sorted({slots_for(host), min(slots_for(host), SMALL_SLOTS_NBYTES)}):
             try:
-                plans.append(self._plan(mix, host, device, slots, slowdown, objective))
+                plans.append(self._plan(mix, host, device, slots, slowdown, objective, quick))
             except BudgetError as error:
                 missed = error
         if not plans:
@@ -109,6 +110,7 @@ class Study:
         slots_nbytes: int,
         slowdown: float | None,
         objective: str,
+        quick: bool,
     ) -> Plan:
         """With so much memory to read into."""
         travel = 0
@@ -119,7 +121,7 @@ class Study:
         budget = Budget(host, device, self.others, slots_nbytes, travel)
         decider = Decider(self.predictor(slots_nbytes), self.units, mix, self.others)
         if slowdown is None:
-            return decider.plan(decider.within(budget), budget, objective)
+            return decider.plan(decider.within(budget, quick=quick), budget, objective)
         bound = (1 + slowdown) * decider.mean_s(decider.int8())
         objective = f"least memory, at most {slowdown:.1%} slower than plain INT8"
         return decider.plan(decider.smallest_within(bound, budget), budget, objective)
