@@ -21,8 +21,8 @@ import random
 import statistics
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,40 @@ from dcext.runtime.adapt import Adapter
 from dcext.runtime.planning import study
 
 QUESTIONS = ("accuracy", "choice", "pareto", "adaptation")
-LENGTHS = (1, 16, 512)
-MIX = {1: 128.0, 512: 1.0}  # a prompt, and an answer of a quarter of its length
-SHARES = (0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0)  # of plain INT8's memory
-CHOICE_SHARES = (0.45, 0.6)
-RANDOM_PLANS = 30
-TOLERANCE = 0.01  # of the memory, that random plans may leave
-ADAPT_SHARES = (0.35, 0.5)
-WARM_PASSES, ADAPT_PASSES = 30, 25
+TOLERANCE = 0.01  # of the memory, that random placements may leave
 SLOW_DISK = 0.3e9  # bytes/s
 RECENT = 5  # visits that correct the next prediction
 
 
-def placements(rig: Rig) -> dict[str, Placement]:
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        lengths: tokens of passes, for accuracy.
+        mix: passes by tokens, for the others.
+        shares: of plain INT8's memory, for pareto.
+        choice_shares: likewise, for choice.
+        random_placements: for each of those.
+        adapt_shares: likewise, for adaptation.
+        passes: that run before and after the change.
+        rounds: in which each placement is visited.
+    """
+
+    lengths: tuple[int, ...] = (1, 16, 512)
+    mix: Mapping[int, float] = field(default_factory=lambda: {1: 128.0, 512: 1.0})
+    shares: tuple[float, ...] = (0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0)
+    choice_shares: tuple[float, ...] = (0.45, 0.6)
+    random_placements: int = 30
+    adapt_shares: tuple[float, ...] = (0.35, 0.5)
+    passes: tuple[int, int] = (60, 20)
+    rounds: int = 5
+
+
+SMOKE = Sizes((1, 4), {1: 8.0, 4: 1.0}, (0.6,), (0.6,), 2, (0.5,), (12, 12), 1)
+
+
+def placements(rig: Rig, mix: Mapping[int, float]) -> dict[str, Placement]:
     """By name: uniform ones, mixtures, plans, random ones."""
     units = rig.units
     on_disk = {unit.name: f"disk/{unit.file_codec}" for unit in units}
@@ -67,7 +88,7 @@ def placements(rig: Rig) -> dict[str, Placement]:
         half = {unit.name: on_disk[unit.name] for unit in units[1::2]}
         found[f"half {codec}, half on disk"] = Placement({**rig.uniform(codec).tiers, **half})
     for share in (0.35, 0.5, 0.7):
-        found[f"plan for {share:.0%} of INT8"], _ = rig.planned(int(share * int8_nbytes(rig)), MIX)
+        found[f"plan for {share:.0%} of INT8"], _ = rig.planned(int(share * int8_nbytes(rig)), mix)
     draw = random.Random(0)
     predictor = rig.study.predictor()
     for number in range(3):
@@ -81,19 +102,21 @@ def int8_nbytes(rig: Rig) -> int:
     return rig.study.others + sum(unit.nbytes["raw"] for unit in rig.units)
 
 
-def accuracy(rig: Rig, rounds: int, progress: Any) -> list[Row]:
+def accuracy(rig: Rig, sizes: Sizes, progress: Any) -> list[Row]:
     """A row for every placement and length."""
-    cases = placements(rig)
+    cases = placements(rig, sizes.mix)
     taken: dict[tuple[str, int], list[float]] = defaultdict(list)
     errors: dict[tuple[str, int], list[float]] = defaultdict(list)
-    recent: dict[int, deque[float]] = {n: deque(maxlen=RECENT) for n in LENGTHS}
-    predicted = {(name, n): rig.predict(case, n) for name, case in cases.items() for n in LENGTHS}
-    task = progress.add_task("accuracy", total=rounds * len(cases))
+    recent: dict[int, deque[float]] = {n: deque(maxlen=RECENT) for n in sizes.lengths}
+    predicted = {
+        (name, n): rig.predict(case, n) for name, case in cases.items() for n in sizes.lengths
+    }
+    task = progress.add_task("accuracy", total=sizes.rounds * len(cases))
     draw = random.Random(1)
-    for _ in range(rounds):
+    for _ in range(sizes.rounds):
         for name in draw.sample(list(cases), len(cases)):
             rig.place(cases[name])
-            for tokens in LENGTHS:
+            for tokens in sizes.lengths:
                 seconds = rig.visit(tokens).median_s
                 expected = predicted[name, tokens].pipelined_s
                 if recent[tokens]:
@@ -119,7 +142,7 @@ def accuracy(rig: Rig, rounds: int, progress: Any) -> list[Row]:
 
 
 def timed(
-    rig: Rig, cases: dict[str, Placement], rounds: int, progress: Any, label: str
+    rig: Rig, cases: dict[str, Placement], sizes: Sizes, progress: Any, label: str
 ) -> dict[str, dict[int, float]]:
     """Seconds of passes of each length of the mix over those of plain INT8, by name of the case.
 
@@ -128,14 +151,14 @@ def timed(
     """
     ratios: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     plain = rig.uniform("raw")
-    task = progress.add_task(label, total=rounds * len(cases))
+    task = progress.add_task(label, total=sizes.rounds * len(cases))
     draw = random.Random(2)
 
     def visit(placement: Placement) -> dict[int, float]:
         rig.place(placement)
-        return {tokens: rig.visit(tokens).median_s for tokens in MIX}
+        return {tokens: rig.visit(tokens).median_s for tokens in sizes.mix}
 
-    for _ in range(rounds):
+    for _ in range(sizes.rounds):
         before = visit(plain)
         for name in draw.sample(list(cases), len(cases)):
             taken = visit(cases[name])
@@ -150,45 +173,49 @@ def timed(
     }
 
 
-def plain_s(rig: Rig) -> dict[int, float]:
+def plain_s(rig: Rig, mix: Mapping[int, float]) -> dict[int, float]:
     """Seconds of passes of plain INT8, now."""
     rig.place(rig.uniform("raw"))
-    return {tokens: rig.visit(tokens).median_s for tokens in MIX}
-
-
-def over_plain(ratios: dict[int, float], plain: dict[int, float]) -> float:
-    """Time of the mix over that of plain INT8."""
-    weighted = {tokens: MIX[tokens] * plain[tokens] for tokens in MIX}
-    return sum(weighted[n] * ratios[n] for n in MIX) / sum(weighted.values())
+    return {tokens: rig.visit(tokens).median_s for tokens in mix}
 
 
 def row(
-    question: str, name: str, ratios: dict[int, float], plain: dict[int, float], **more: Any
+    question: str,
+    name: str,
+    ratios: dict[int, float],
+    weighted: dict[int, float],
+    **more: Any,
 ) -> Row:
-    """Of a placement among others."""
+    """Of a placement among others. ``weighted``: seconds of plain INT8 times passes, by tokens."""
+    over = sum(weighted[n] * ratio for n, ratio in ratios.items()) / sum(weighted.values())
+    by_tokens = {str(tokens): ratio for tokens, ratio in ratios.items()}
     return {
         "question": question,
         "placement": name,
-        "over_int8": over_plain(ratios, plain),
-        "by_tokens": {str(tokens): ratio for tokens, ratio in ratios.items()},
-        "int8_s": {str(tokens): seconds for tokens, seconds in plain.items()},
+        "over_int8": over,
+        "by_tokens": by_tokens,
         **more,
     }
 
 
-def choice(rig: Rig, share: float, plans: int, rounds: int, progress: Any) -> list[Row]:
+def weighted_plain(rig: Rig, mix: Mapping[int, float]) -> dict[int, float]:
+    """Seconds of plain INT8 times passes, by tokens."""
+    return {tokens: mix[tokens] * seconds for tokens, seconds in plain_s(rig, mix).items()}
+
+
+def choice(rig: Rig, share: float, sizes: Sizes, progress: Any) -> list[Row]:
     """The plan for a budget and random ones of the same memory."""
     budget = int(share * int8_nbytes(rig))
     draw = random.Random(3)
-    cases = {"plan": rig.planned(budget, MIX)[0]}
-    for number in range(plans):
+    cases = {"plan": rig.planned(budget, sizes.mix)[0]}
+    for number in range(sizes.random_placements):
         cases[f"random {number + 1}"] = rig.random_placement(draw, budget, TOLERANCE)
-    taken = timed(rig, cases, rounds, progress, f"choice at {share:.0%}")
-    plain = plain_s(rig)
-    return [row("choice", name, ratios, plain, share=share) for name, ratios in taken.items()]
+    taken = timed(rig, cases, sizes, progress, f"choice at {share:.0%}")
+    weighted = weighted_plain(rig, sizes.mix)
+    return [row("choice", name, ratios, weighted, share=share) for name, ratios in taken.items()]
 
 
-def pareto(rig: Rig, shares: tuple[float, ...], rounds: int, progress: Any) -> list[Row]:
+def pareto(rig: Rig, sizes: Sizes, progress: Any) -> list[Row]:
     """Plans and the paper's uniform share over the budget."""
     cases: dict[str, Placement] = {}
     more: dict[str, dict[str, Any]] = {}
@@ -196,22 +223,22 @@ def pareto(rig: Rig, shares: tuple[float, ...], rounds: int, progress: Any) -> l
     for codec in ("raw", "packed", "zstd"):
         cases[f"all {codec}"] = rig.uniform(codec)
         more[f"all {codec}"] = {"nbytes": others + sum(u.nbytes[codec] for u in rig.units)}
-    for share in shares:
+    for share in sizes.shares:
         budget = int(share * int8_nbytes(rig))
-        cases[f"plan {share:.0%}"], plan = rig.planned(budget, MIX)
-        plain = sum(each.weight * each.int8_s for each in plan.passes) / sum(MIX.values())
+        cases[f"plan {share:.0%}"], plan = rig.planned(budget, sizes.mix)
+        plain = sum(each.weight * each.int8_s for each in plan.passes) / sum(sizes.mix.values())
         predicted = {"predicted": plan.seconds / plain, "share": share}
         more[f"plan {share:.0%}"] = {"nbytes": plan.host_nbytes, **predicted}
         uniform = rig.uniform_share(budget)
         if uniform is not None:
             cases[f"uniform {share:.0%}"] = uniform
             more[f"uniform {share:.0%}"] = {"nbytes": budget, "share": share}
-    taken = timed(rig, cases, rounds, progress, "pareto")
-    plain_now = plain_s(rig)
-    return [row("pareto", name, taken[name], plain_now, **more[name]) for name in cases]
+    taken = timed(rig, cases, sizes, progress, "pareto")
+    weighted = weighted_plain(rig, sizes.mix)
+    return [row("pareto", name, taken[name], weighted, **more[name]) for name in cases]
 
 
-def adaptation(rig: Rig, folder: Path, rounds: int, progress: Any) -> list[Row]:
+def adaptation(rig: Rig, folder: Path, sizes: Sizes, progress: Any) -> list[Row]:
     """Passes of one token under an adapter; in the middle there are fewer threads, or a slower disk.
 
     For each change: passes until layers were moved last, and the time of a pass then over that of the plan that is made from
@@ -232,11 +259,11 @@ def adaptation(rig: Rig, folder: Path, rounds: int, progress: Any) -> list[Row]:
         "disk at 0.3 GB/s": lambda: slower_disk(folder, SLOW_DISK),
     }
     rows = []
-    task = progress.add_task("adaptation", total=len(changes) * len(ADAPT_SHARES))
-    for share in ADAPT_SHARES:
+    task = progress.add_task("adaptation", total=len(changes) * len(sizes.adapt_shares))
+    for share in sizes.adapt_shares:
         for name, change in changes.items():
             try:
-                rows.append(adapted(rig, share, name, change, rounds))
+                rows.append(adapted(rig, share, name, change, sizes))
             except OSError as error:
                 print(f"{name}: not measured: {error}", file=sys.stderr)
             progress.advance(task)
@@ -248,7 +275,7 @@ def adapted(
     share: float,
     name: str,
     change: Callable[[], contextlib.AbstractContextManager[None]],
-    rounds: int,
+    sizes: Sizes,
 ) -> Row:
     """One change, of ``adaptation``."""
     budget = int(share * int8_nbytes(rig))
@@ -256,12 +283,12 @@ def adapted(
     rig.place(rig.uniform("raw"))
     adapter = Adapter(rig.model, rig.study, options)
     with torch.inference_mode():
-        for _ in range(WARM_PASSES):
+        for _ in range(sizes.passes[0]):
             rig.forward(1)
         looked, passes = len(adapter.looks), adapter.passes
         before = Placement(adapter.plan.tiers, adapter.plan.slots_nbytes)
         with change():
-            for _ in range(ADAPT_PASSES):
+            for _ in range(sizes.passes[1]):
                 rig.forward(1)
             adapter.stop()
             looks = adapter.looks[looked:]
@@ -271,7 +298,7 @@ def adapted(
             best = Placement(fresh.tiers, fresh.slots_nbytes)
             cases = {"before": before, "adapted": after, "best": best}
             taken: dict[str, list[float]] = defaultdict(list)
-            for _ in range(2 * rounds):
+            for _ in range(2 * sizes.rounds):
                 for case, placement in cases.items():
                     rig.place(placement)
                     taken[case].append(rig.visit(1).median_s)
@@ -329,8 +356,8 @@ def show_accuracy(rows: list[Row], title: str, console: Console) -> None:
             row["binds"],
         )
     console.print(table)
-    for name, field in (("as planned", "error"), ("corrected by passes before", "corrected_error")):
-        sizes = sorted(abs(row[field]) for row in rows)
+    for name, key in (("as planned", "error"), ("corrected by passes before", "corrected_error")):
+        sizes = sorted(abs(row[key]) for row in rows)
         console.print(
             f"error {name}: median {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}",
             highlight=False,
@@ -356,7 +383,13 @@ def show_pareto(rows: list[Row], title: str, console: Console) -> None:
     whole = next(row["nbytes"] for row in rows if row["placement"] == "all raw")
     table = Table(title=title, caption="time over that of plain INT8, measured beside it")
     table.add_column("placement")
-    for heading in ("MB", "of INT8", "mix", "predicted", *(f"{n} tokens" for n in MIX)):
+    for heading in (
+        "MB",
+        "of INT8",
+        "mix",
+        "predicted",
+        *(f"{n} tokens" for n in rows[0]["by_tokens"]),
+    ):
         table.add_column(heading, justify="right")
     for row in rows:
         predicted = row.get("predicted")
@@ -379,49 +412,49 @@ TABLES = {
 }
 
 
+def answers(rig: Rig, folder: Path, asked: list[str], sizes: Sizes, progress: Any) -> Iterator[Row]:
+    """Rows of all questions."""
+    if "accuracy" in asked:
+        yield from accuracy(rig, sizes, progress)
+    if "choice" in asked:
+        for share in sizes.choice_shares:
+            yield from choice(rig, share, sizes, progress)
+    if "pareto" in asked:
+        yield from pareto(rig, sizes, progress)
+    if "adaptation" in asked:
+        yield from adaptation(rig, folder, sizes, progress)
+
+
+def key_of(row: Row) -> Any:
+    """What makes two rows the same measurement."""
+    return row["model"], row["question"], row.get("share"), row["placement"], row.get("tokens")
+
+
 def main() -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--questions", default=",".join(QUESTIONS), help="some of: %(default)s")
-    parser.add_argument(
-        "--models", default="zstd,packed", help="codecs they are made for; default %(default)s"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--questions", default=",".join(QUESTIONS), help="some of %(default)s")
+    parser.add_argument("--models", default="zstd,packed", help="the codecs they are made for")
     parser.add_argument("--output", type=Path, default=ROOT / "bench/results/policy.json")
-    parser.add_argument("--smoke", action="store_true", help="a small model, each thing once")
+    parser.add_argument("--smoke", action="store_true", help="a small model, little of everything")
     options = parser.parse_args()
     asked = options.questions.split(",")
     if not set(asked) <= set(QUESTIONS):
         parser.error(f"--questions: expected some of {QUESTIONS}, got {options.questions}")
     line = hardware_line("csrc", "dcext", "bench/policy.py", "bench/whole")
-    results: RowFile[Any] = RowFile(
-        options.output,
-        lambda r: (r["model"], r["question"], r.get("share"), r["placement"], r.get("tokens")),
-    )
-    smoke = options.smoke
-    rounds = 1 if smoke else options.rounds
+    results: RowFile[Any] = RowFile(options.output, key_of)
+    sizes = SMOKE if options.smoke else Sizes()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     for codec in options.models.split(","):
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("studying", total=1.0)
-            folder = policy_model(codec, smoke)
-            rig = Rig(folder, LENGTHS, lambda what, share, t=task: progress.advance(t, share))
-            rows = []
-            if "accuracy" in asked:
-                rows += accuracy(rig, rounds, progress)
-            if "choice" in asked:
-                for share in CHOICE_SHARES:
-                    plans = 3 if smoke else RANDOM_PLANS
-                    rows += choice(rig, share, plans, rounds, progress)
-            if "pareto" in asked:
-                rows += pareto(rig, SHARES[3:4] if smoke else SHARES, rounds, progress)
-            if "adaptation" in asked:
-                rows += adaptation(rig, folder, rounds, progress)
-        for row in rows:
-            whole = {"model": codec, "hardware": line, **row}
-            results.add(results.key_of(whole), whole)
+            folder = policy_model(codec, options.smoke)
+            rig = Rig(folder, sizes.lengths, lambda what, share, t=task: progress.advance(t, share))
+            for row in answers(rig, folder, asked, sizes, progress):
+                whole = {"model": codec, "hardware": line, **row}
+                results.add(key_of(whole), whole)
     console = Console(width=None if sys.stdout.isatty() else 140)
     show(list(results.rows.values()), console)
     console.print(line, highlight=False)

@@ -153,7 +153,16 @@ def plan(
     machine: Annotated[
         str | None,
         typer.Option(
-            help="Plan for a machine that is not here: a file, or a preset.", metavar="FILE"
+            help="Plan for a machine that is not here: a file, or a preset (pcie3, pcie4, pcie5, nvlink-c2c, jetson, laptop).",
+            metavar="FILE",
+        ),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of OUT, a model that is not here: opt-1.3b, opt-6.7b, opt-13b, llama-2-7b, llama-2-13b, llama-3-8b, "
+            "llama-2-70b.",
+            metavar="NAME",
         ),
     ] = None,
     plot: Annotated[
@@ -174,12 +183,17 @@ def plan(
 
     if plot not in (None, TERMINAL):
         check_plot(str(plot))
-    if folder is None:
-        raise ValueError("plan: OUT: expected a folder that `dcext compress` wrote, got none")
-    if measure and machine is not None:
-        raise ValueError("--measure: expected this machine, got --machine")
+    if (folder is None) == (shapes is None):
+        raise ValueError(
+            "plan: expected either OUT, a folder that `dcext compress` wrote, or --shapes"
+        )
+    if measure and (machine is not None or shapes is not None):
+        raise ValueError("--measure: expected a model and this machine, got --machine or --shapes")
     mix = parse_mix(tokens)
-    model, forward, studied = _study(folder, mix, machine)
+    if folder is not None:
+        model, forward, studied = _study(folder, mix, machine)
+    else:
+        model, forward, studied = None, None, _study_of_shapes(str(shapes), machine)
     made = studied.plan(
         host_memory=host_memory,
         device_memory=device_memory,
@@ -219,6 +233,14 @@ def _study(folder: str, mix: Mapping[int, float], machine: str | None) -> tuple[
     return model, forward_of(model), studied
 
 
+def _study_of_shapes(name: str, machine: str | None) -> Any:
+    from dcext.policy.shapes import units_of
+    from dcext.runtime.planning import study_of_units
+
+    units, others = units_of(name)
+    return study_of_units(units, others, machine)
+
+
 def _curve(studied: Any, mix: Mapping[int, float], model: Any, forward: Any) -> list[CurvePoint]:
     from dcext.runtime.explain import curve
 
@@ -228,11 +250,13 @@ def _curve(studied: Any, mix: Mapping[int, float], model: Any, forward: Any) -> 
 
 def show_plan(plan: Plan, layers: bool) -> None:
     """Prints where layers are to be, kinds of them together unless ``layers``, and what follows."""
+    from dcext.policy.plan import count_tokens
+
     lengths = [each.tokens for each in plan.passes]
     has_measured = any(layer.measured_s for layer in plan.layers)
     table = Table(caption="ms: predicted, of what a layer uses most" + " / as taken" * has_measured)
     table.add_column("layers", overflow="fold")
-    for heading in ("", "tier", "MB", *(f"ms, {n} tokens" for n in lengths), "binds"):
+    for heading in ("", "tier", "MB", *(f"ms, {count_tokens(n)}" for n in lengths), "binds"):
         table.add_column(heading, justify="right")
     for (name, tier), members in _grouped(plan.layers, layers).items():
         figures = [_ms(members, n) for n in lengths]
@@ -245,7 +269,7 @@ def show_plan(plan: Plan, layers: bool) -> None:
     for each in plan.passes:
         taken = "" if each.measured_s is None else f", {each.measured_s * 1e3:.2f} ms as taken"
         lines.append(
-            f"{each.tokens} tokens: {each.seconds * 1e3:.2f} ms predicted{taken} ({each.other_s * 1e3:.2f} ms outside of "
+            f"{count_tokens(each.tokens)}: {each.seconds * 1e3:.2f} ms predicted{taken} ({each.other_s * 1e3:.2f} ms outside of "
             f"layers; {each.serial_s * 1e3:.2f} ms if nothing overlapped); plain INT8 {each.int8_s * 1e3:.2f} ms"
         )
     sizes = [("host", plan.host_nbytes), ("device", plan.device_nbytes)]

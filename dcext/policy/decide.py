@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dcext.policy.plan import Plan, PlannedLayer, PlannedPass
+from dcext.policy.plan import Plan, PlannedLayer, PlannedPass, count_tokens
 from dcext.policy.predict import (
     COMPUTE,
     DISK,
@@ -349,7 +349,7 @@ def notes(plan: Plan) -> list[str]:
         text += ": nothing is compressed" if is_plain else "; what is compressed here is faster so"
         found.append(text)
     found += [
-        f"passes of {each.tokens} tokens: {each.binds} binds, {each.slowdown:+.1%} of the time of plain INT8"
+        f"passes of {count_tokens(each.tokens)}: {each.binds} binds, {each.slowdown:+.1%} of the time of plain INT8"
         for each in plan.passes
     ]
     return found

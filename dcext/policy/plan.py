@@ -135,6 +135,11 @@ class CurvePoint:
     measured_s: float | None = None
 
 
+def count_tokens(tokens: int) -> str:
+    """``"1 token"`` or ``"16 tokens"``."""
+    return f"{tokens} token{'s' * (tokens != 1)}"
+
+
 def load_plan(path: str | Path) -> Plan:
     """Reads a plan that ``Plan.save`` wrote; a person may have edited it.
 

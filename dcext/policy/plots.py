@@ -13,7 +13,7 @@ from typing import Any
 
 from dcext.format.replace import replace_file
 from dcext.plots import DPI, check_plot, new_figure
-from dcext.policy.plan import CurvePoint, Plan
+from dcext.policy.plan import CurvePoint, Plan, count_tokens
 from dcext.policy.predict import Predictor, Unit, place_and_codec
 
 TERMINAL = "-"  # instead of a file
@@ -125,7 +125,7 @@ def _draw_roofline(axis: Any, predictor: Predictor, points: Sequence[RooflinePoi
     for point in points:
         color = f"C{tokens.index(point.tokens)}"
         key = (point.codec, point.tokens)
-        label = "" if key in seen else f"{point.codec}, {point.tokens} tokens"
+        label = "" if key in seen else f"{point.codec}, {count_tokens(point.tokens)}"
         seen.add(key)
         look = {"color": color, "marker": CODEC_MARKERS[point.codec], "linestyle": ""}
         axis.plot([point.intensity], [point.tops], markersize=5, label=label or None, **look)

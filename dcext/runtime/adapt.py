@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dcext.policy.machine import Machine
+from dcext.policy.plan import count_tokens
 from dcext.policy.predict import COMPUTE, Observed, Prediction, Unit
 from dcext.runtime.observe import CODECS, Forward, LayerClock, Progress
 from dcext.runtime.passes import gate_of
@@ -159,7 +160,7 @@ class Adapter:
             ratio = statistics.median(computed) / self._prediction(tokens).resources_s[COMPUTE]
             if abs(math.log(ratio)) > math.log(DRIFT):
                 found["compute"] = (
-                    f"passes of {tokens} tokens compute for {ratio:.2f} times as long as predicted"
+                    f"passes of {count_tokens(tokens)} compute for {ratio:.2f} times as long as predicted"
                 )
         rates, known = list(self._disk)[-PATIENCE:], self._predictor.disk_gbps
         if len(rates) == PATIENCE and known:
@@ -225,7 +226,10 @@ class Adapter:
             self.plan = found
         apply(self._model, self.plan)  # also ends the exploration
         seconds = time.perf_counter() - begin
-        self.looks.append(Look(self.passes, self._reason, before_s, found.seconds, moved, seconds))
+        look = Look(self.passes, self._cause, self._reason, before_s, found.seconds, moved, seconds)
+        self.looks.append(look)
+        self._rest[self._cause] = REST if moved else TIRED * self._rest[self._cause]
+        self._rested[self._cause] = self.passes + self._rest[self._cause]
         self._begin_anew()
 
     def _corrected(self, tokens: int) -> Observed:

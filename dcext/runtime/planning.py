@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from dcext.policy.machine import Machine, load_machine
 from dcext.policy.measure import tune
 from dcext.policy.plan import Plan
 from dcext.policy.predict import Observed, Predictor, Unit
+from dcext.policy.presets import preset
 from dcext.runtime.budget import format_nbytes, free_memory, parse_nbytes
 from dcext.runtime.observe import (
     Forward,
@@ -151,10 +153,7 @@ def study(
     report = progress or (lambda what, share: None)
     weights = weights_of(model)
     here = machine is None
-    if machine is None:
-        machine = tune()
-    elif not isinstance(machine, Machine):
-        machine = load_machine(machine)
+    found = _machine(machine)
     units = describe(weights, lambda what, share: report(what, DESCRIBING * share))
     observed = Observed()
     if here:
@@ -163,12 +162,33 @@ def study(
             weights, units, lengths, forward, lambda what, share: report(what, OBSERVING * share)
         )
         if not any(weight.module.is_in_file for weight in weights):
-            verify_gbps = machine.verify_gbps or float("inf")
-            found = observe_streaming(model, weights, min(lengths), forward, verify_gbps)
-            observed.disk_gbps, observed.read_s = found
+            verify_gbps = found.verify_gbps or math.inf
+            disk = observe_streaming(model, weights, min(lengths), forward, verify_gbps)
+            observed.disk_gbps, observed.read_s = disk
         else:
             observed.disk_gbps = observe_disk(weights)
-    return Study(units, machine, observed, other_nbytes(model))
+    return Study(units, found, observed, other_nbytes(model))
+
+
+def study_of_units(
+    units: list[Unit], others: int, machine: Machine | str | Path | None = None
+) -> Study:
+    """Of a model that is not here: ``dcext.policy.shapes.units_of``.
+
+    Args:
+        units: the payloads.
+        others: bytes that are not compressed.
+        machine: as for ``plan``.
+    """
+    return Study(units, _machine(machine), Observed(), others)
+
+
+def _machine(machine: Machine | str | Path | None) -> Machine:
+    if machine is None:
+        return tune()
+    if isinstance(machine, Machine):
+        return machine
+    return load_machine(machine) if Path(machine).is_file() else preset(str(machine))
 
 
 def plan(
@@ -197,7 +217,7 @@ def plan(
             is 5 %); the budgets are kept as well.
         tokens: of a forward pass.
         mix: how many passes there are of each number of tokens, instead: ``{1: 200, 512: 1}``.
-        machine: a machine to plan for, or its JSON file; None for this one, measured (``tune``).
+        machine: a machine to plan for, its JSON file, or a preset's name; None for this one, measured (``tune``).
         forward: runs a pass of so many tokens, for models that are not language models of transformers.
         progress: called with what is done and its share of the whole.
 

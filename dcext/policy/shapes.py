@@ -1,0 +1,96 @@
+"""Shapes of published models, to plan for without their weights: ``dcext plan --shapes llama-2-70b --machine pcie4``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dcext.policy.predict import Unit
+
+# Stored bits of a weight by codec. Layers as recipe rate makes them at ratio 2.2, packed at 4.25 bits (they are different
+# integers, so a real model has one of both cheaply); embeddings as INT8 per row leaves them.
+LAYER_BITS = {"raw": 8.0, "packed": 4.25, "zstd": 3.64}
+EMBEDDING_BITS = {"raw": 8.0, "packed": 8.0, "zstd": 6.9}
+PANEL_WEIGHTS = 1 << 17
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a decoder, from its published configuration.
+
+    Attributes:
+        hidden, intermediate, layers, vocabulary: as everyone calls them.
+        kv: outputs of the key and of the value projection.
+        gated: whether there are three matrices in a feed-forward layer, or two.
+        tied: whether embedding and head are one matrix.
+        billions: of parameters, as published.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+    kv: int
+    gated: bool
+    tied: bool
+    billions: float
+
+
+SHAPES = {
+    "opt-1.3b": Shape(2048, 8192, 24, 50272, 2048, False, True, 1.316),
+    "opt-6.7b": Shape(4096, 16384, 32, 50272, 4096, False, True, 6.658),
+    "opt-13b": Shape(5120, 20480, 40, 50272, 5120, False, True, 12.85),
+    "llama-2-7b": Shape(4096, 11008, 32, 32000, 4096, True, False, 6.738),
+    "llama-3-8b": Shape(4096, 14336, 32, 128256, 1024, True, False, 8.030),
+    "llama-2-13b": Shape(5120, 13824, 40, 32000, 5120, True, False, 13.016),
+    "llama-2-70b": Shape(8192, 28672, 80, 32000, 1024, True, False, 68.977),
+}
+
+
+def units_of(name: str) -> tuple[list[Unit], int]:
+    """What is placed of a model, and bytes of what is not compressed (norms; bfloat16).
+
+    Args:
+        name: one of ``SHAPES``.
+
+    Raises:
+        ValueError: there is no such shape: which there are.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"shapes: expected one of {', '.join(SHAPES)}, got {name!r}")
+    shape = SHAPES[name]
+    hidden, wide = shape.hidden, shape.intermediate
+    matrices = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (shape.kv, hidden),
+        "self_attn.v_proj": (shape.kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }
+    if shape.gated:
+        matrices["mlp.gate_proj"] = (wide, hidden)
+    table = (shape.vocabulary, hidden)
+    units = [_unit("model.embed_tokens", table, EMBEDDING_BITS, int(shape.tied), 1)]
+    for layer in range(shape.layers):
+        units += [
+            _unit(f"model.layers.{layer}.{matrix}", size, LAYER_BITS, 1, 0)
+            for matrix, size in matrices.items()
+        ]
+    if not shape.tied:
+        units.append(_unit("lm_head", table, EMBEDDING_BITS, 1, 0))
+    return units, 2 * hidden * (2 * shape.layers + 1)
+
+
+def _unit(
+    name: str, shape: tuple[int, int], bits: dict[str, float], multiplied: int, looked_up: int
+) -> Unit:
+    weights = shape[0] * shape[1]
+    return Unit(
+        name=name,
+        shape=shape,
+        multiplied=multiplied,
+        looked_up=looked_up,
+        nbytes={codec: int(weights * width / 8) for codec, width in bits.items()},
+        file_codec="zstd",
+        panels=max(1, weights // PANEL_WEIGHTS),
+    )
