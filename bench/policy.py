@@ -22,7 +22,7 @@ import statistics
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Sizes:
         random_placements: for each of those.
         adapt_shares: likewise, for adaptation.
         passes: that run before and after the change.
-        rounds: in which each placement is visited.
+        rounds: in which each placement is visited; half of them for choice.
     """
 
     lengths: tuple[int, ...] = (1, 16, 512)
@@ -210,7 +210,8 @@ def choice(rig: Rig, share: float, sizes: Sizes, progress: Any) -> list[Row]:
     cases = {"plan": rig.planned(budget, sizes.mix)[0]}
     for number in range(sizes.random_placements):
         cases[f"random {number + 1}"] = rig.random_placement(draw, budget, TOLERANCE)
-    taken = timed(rig, cases, sizes, progress, f"choice at {share:.0%}")
+    few = replace(sizes, rounds=max(1, sizes.rounds // 2))
+    taken = timed(rig, cases, few, progress, f"choice at {share:.0%}")
     weighted = weighted_plain(rig, sizes.mix)
     return [row("choice", name, ratios, weighted, share=share) for name, ratios in taken.items()]
 

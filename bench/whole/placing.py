@@ -23,7 +23,7 @@ from dcext.runtime.retier import retier
 from dcext.runtime.weights import weights_of
 
 Tiers = Mapping[str, str]
-# Passes of a visit by their tokens; what is between is interpolated upwards.
+# Of a visit, by their tokens.
 PASSES = {1: 12, 16: 6, 512: 2}
 
 
@@ -95,9 +95,9 @@ class Rig:
 
     @torch.inference_mode()
     def visit(self, tokens: int, passes: int | None = None) -> Visit:
-        """Times passes; the first is not counted."""
+        """Times passes, after one of a single token that is not counted."""
         passes = passes or PASSES.get(tokens, 3)
-        self.forward(tokens)
+        self.forward(1)
         watch, taken = Watch(), []
         for _ in range(passes):
             begin = time.perf_counter()
