@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dcext.policy.decide import Budget, BudgetError, Decider
+from dcext.policy.decide import Budget, BudgetError, Decider, travel_nbytes
 from dcext.policy.machine import PROJECTED
 from dcext.policy.predict import Predictor, Unit
 from dcext.policy.presets import presets
@@ -71,12 +71,12 @@ def fits(decider: Decider, tiers: Tiers, budget: Budget) -> bool:
 
 
 def first_fit(decider: Decider, budget: Budget, chosen: str, other: str) -> Tiers | None:
-    """As few units in one tier as let all fit; embeddings rest where the model runs."""
+    """As few units in one tier as let all fit; embeddings and heads rest where the model runs."""
     resting = "device/zstd" if decider.on_device else "memory/zstd"
     for count in range(len(decider.units) + 1):
         tiers = evenly(decider.units, count, chosen, other)
-        for unit in decider.units:
-            if not unit.multiplied and tiers[unit.name] == chosen:
+        for unit, known in zip(decider.units, decider.tiers, strict=True):
+            if tiers[unit.name] not in known:
                 tiers[unit.name] = resting
         if fits(decider, tiers, budget):
             return tiers
@@ -123,9 +123,8 @@ def row(shape: str, machine_name: str, tokens: int) -> dict[str, Any]:
     holds = device if machine.device is not None else host
     if int8 <= holds:
         holds = int8 / 2
-    travel = 2 * max(unit.weights for unit in units if unit.multiplied and not unit.looked_up)
     if machine.device is not None:
-        budget = Budget(int(host), int(holds), others, SLOTS_NBYTES, travel)
+        budget = Budget(int(host), int(holds), others, SLOTS_NBYTES, travel_nbytes(units))
     else:
         budget = Budget(int(holds), None, others, SLOTS_NBYTES)
     predictor = Predictor(machine, slots_nbytes=SLOTS_NBYTES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +24,7 @@ SPREAD_LOSES = 1e-3  # relative time that an even order may cost
 SLOWER_DISK = 1.4
 MOVES = 200  # predictions of whole passes, of a few tenths of a millisecond
 MOVE_GAINS = 1e-6
+TRAVELING = 2
 UNBOUNDED = 1 << 50  # bytes; sums stay exact in float64
 
 
@@ -70,6 +71,12 @@ class Decider:
         self.others = others
         self.on_device = predictor.machine.device is not None
         self.tiers = [predictor.tiers(unit) for unit in self.units]
+        if self.on_device:
+            repeated = _repeated(self.units)
+            self.tiers = [
+                [tier for tier in tiers if unit.kind in repeated or tier.startswith("device/")]
+                for unit, tiers in zip(self.units, self.tiers, strict=True)
+            ]
         self.time, self.memory = self._tables()
 
     def _tables(self) -> tuple[Floats, Floats]:
@@ -336,6 +343,17 @@ class Decider:
             seconds={tokens: float(s.max()) for tokens, s in taken.items()},
             binds={tokens: RESOURCES[int(s.argmax())] for tokens, s in taken.items()},
         )
+
+
+def travel_nbytes(units: Sequence[Unit]) -> int:
+    """Bytes on a device for units that travel there: two slots, one of which is filled while the other is used."""
+    repeated = _repeated(units)
+    return TRAVELING * max((unit.weights for unit in units if unit.kind in repeated), default=0)
+
+
+def _repeated(units: Sequence[Unit]) -> set[object]:
+    """Kinds of which there are several: layers of decoder blocks. Others, such as heads, always rest on a device."""
+    return {kind for kind, count in Counter(unit.kind for unit in units).items() if count > 1}
 
 
 def notes(plan: Plan) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dcext.policy.decide import Budget, BudgetError, Decider
+from dcext.policy.decide import Budget, BudgetError, Decider, travel_nbytes
 from dcext.policy.machine import Machine, load_machine
 from dcext.policy.measure import tune
 from dcext.policy.plan import Plan
@@ -29,9 +29,8 @@ from dcext.runtime.observe import (
 from dcext.runtime.placement import SLOTS_NBYTES, other_nbytes, slots_for
 from dcext.runtime.weights import weights_of
 
-# Where memory is scarce, less to read into leaves more for layers. Two of the largest panels fit.
+# Where memory is scarce, less to read into leaves more for layers.
 SMALL_SLOTS_NBYTES = 2 << 20
-TRAVELING = 2
 FREE_SHARE = 0.8  # of free memory, what an automatic plan takes
 DESCRIBING, OBSERVING = 0.5, 0.5  # shares of the work
 
@@ -115,11 +114,7 @@ class Study:
         quick: bool,
     ) -> Plan:
         """With so much memory to read into."""
-        travel = 0
-        if (
-            self.machine.device is not None
-        ):  # two of the largest, one filled while the other is used
-            travel = TRAVELING * max((unit.weights for unit in self.units), default=0)
+        travel = 0 if self.machine.device is None else travel_nbytes(self.units)
         budget = Budget(host, device, self.others, slots_nbytes, travel)
         decider = Decider(self.predictor(slots_nbytes), self.units, mix, self.others)
         if slowdown is None:
