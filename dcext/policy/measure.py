@@ -23,7 +23,6 @@ from dcext.build import cpu_name, set_num_threads
 from dcext.codec import decode, encode, verify_payload
 from dcext.errors import FormatError
 from dcext.policy.machine import LAYER_CODECS, MEASURED, Machine, Processor, load_machine
-from dcext.runtime.origin import to_weight_memory
 
 TOKENS = (1, 4, 16, 64, 256)
 # A layer of 4 MiB, and so many copies that none is in a cache when its turn comes.
@@ -184,7 +183,7 @@ def _payloads() -> dict[str, list[Tensor]]:
     payloads = {}
     for codec in LAYER_CODECS:
         payload = encode(drawn_weights(codec, LAYER_SHAPE), codec)
-        payloads[codec] = [to_weight_memory(payload) for _ in range(COPIES)]
+        payloads[codec] = [_C.empty_weights(payload.numel()).copy_(payload) for _ in range(COPIES)]
     return payloads
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcext.policy.decide import BudgetError
 from dcext.policy.machine import Machine
 from dcext.policy.plan import count_tokens
 from dcext.policy.predict import COMPUTE, Observed, Prediction, Unit
@@ -80,9 +82,8 @@ class Adapter:
         self.looks: list[Look] = []
         self.passes = 0
         self._rest = dict.fromkeys(("threads", "compute", "disk"), REST)
-        self._rested = dict.fromkeys(
-            self._rest, 0
-        )  # number of the pass from which on there may be a look
+        self._rested = dict.fromkeys(self._rest, 0)  # the pass from which on there may be a look
+        self._busy = threading.Lock()
         self.plan = studied.plan(**self._options)
         apply(model, self.plan)
         self._begin_anew()
@@ -101,7 +102,7 @@ class Adapter:
         self._predicted: dict[int, Prediction] = {}
         self._computed: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN))
         self._disk: deque[float] = deque(maxlen=SEEN)
-        self._reason = ""
+        self._cause, self._reason, self._length = "", "", 0
         self._clocked: list[dict[str, float]] = []
         self._drifted = 0
         self._since = 0
@@ -113,6 +114,15 @@ class Adapter:
         return {} if stream is None else stream.native.statistics()
 
     def _after_pass(self, tokens: int, seconds: float) -> None:
+        if self._busy.acquire(
+            blocking=False
+        ):  # one of several threads that run the model is enough
+            try:
+                self._see_pass(tokens, seconds)
+            finally:
+                self._busy.release()
+
+    def _see_pass(self, tokens: int, seconds: float) -> None:
         self.passes += 1
         self._since += 1
         if self._reason:
@@ -214,14 +224,17 @@ class Adapter:
         if rates:
             observed = replace(observed, disk_gbps=statistics.median(rates) / 1e9)
         self._study = replace(self._study, observed=observed)
-        found = self._study.plan(**self._options, quick=True)
+        try:
+            found = self._study.plan(**self._options, quick=True)
+        except BudgetError:  # no plan is fast enough now: the one there is stays
+            found = self.plan
         predictor = self._study.predictor(self.plan.slots_nbytes)
         mix = {each.tokens: each.weight for each in found.passes}
         before_s = sum(
             weight * predictor.predict(self._study.units, self.plan.tiers, tokens).pipelined_s
             for tokens, weight in mix.items()
         ) / sum(mix.values())
-        moved = found.seconds < before_s * (1 - GAIN)
+        moved = found is not self.plan and found.seconds < before_s * (1 - GAIN)
         if moved:
             self.plan = found
         apply(self._model, self.plan)  # also ends the exploration

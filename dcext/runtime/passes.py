@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 Listener = Callable[[int, float], None]  # of the tokens and seconds of a pass, once it is over
@@ -35,7 +34,6 @@ class PassGate:
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._end, always_call=True)
 
-    @torch.compiler.disable
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         here = self._here
         here.depth = getattr(here, "depth", 0) + 1
@@ -49,7 +47,6 @@ class PassGate:
             here.tokens = _tokens_of(args, kwargs)
             here.began = time.perf_counter()
 
-    @torch.compiler.disable
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         here = self._here
         here.depth -= 1

@@ -44,12 +44,14 @@ class Study:
         machine: its figures.
         observed: times that were taken of the model itself; empty where none were.
         others: bytes of the model that are not compressed.
+        resident: bytes of payloads that are in memory now.
     """
 
     units: list[Unit]
     machine: Machine
     observed: Observed
     others: int
+    resident: int = 0
 
     def predictor(self, slots_nbytes: int = SLOTS_NBYTES) -> Predictor:
         """Of times, with as many threads as torch has on this machine.
@@ -83,7 +85,7 @@ class Study:
             raise ValueError(f"slowdown: expected at least 0, got {slowdown}")
         objective = "least time in the memory that is free"
         if host is None and slowdown is None and not on_device and self.machine.identity:
-            host = int(FREE_SHARE * (free_memory() + self.others))
+            host = int(FREE_SHARE * (free_memory() + self.others + self.resident))
             objective += f", {format_nbytes(host)}"
         elif slowdown is None:
             sizes = [("host", host), ("device", device)]
@@ -162,7 +164,8 @@ def study(
             observed.disk_gbps, observed.read_s = disk
         else:
             observed.disk_gbps = observe_disk(weights)
-    return Study(units, found, observed, other_nbytes(model))
+    resident = sum(w.module.payload.nbytes for w in weights if not w.module.is_in_file)
+    return Study(units, found, observed, other_nbytes(model), resident)
 
 
 def study_of_units(

@@ -31,8 +31,9 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
     """Moves every layer to its tier: recoded, unpacked, read into memory or left on the disk. Outputs stay the same bits.
 
     May be called while the model runs in another thread: layers are exchanged between passes only, those that make room
-    first and a few at a time, so that memory never holds the model twice. What fails leaves a model that computes the same, some layers
-    moved and some not.
+    first and a few at a time, so that memory never holds the model twice. What fails leaves a model that computes the same,
+    some layers moved and some not. Knowing of passes takes hooks on the model: ``torch.compile`` of the whole model has graph
+    breaks there (compile ``model.forward``, or without ``fullgraph``).
 
     Args:
         model: a compressed model on the CPU, any tiers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from dcext.codec import decode, encode, payload_info
@@ -67,9 +68,10 @@ class Weight:
         """
         if self.module.codec == codec and not self.module.is_in_file:
             return self.module.payload
-        if self.origin is not None and self.file_codec == codec:
-            return self.origin.load(progress)
-        return to_weight_memory(encode(self.qweight(), codec))
+        with torch.inference_mode(False):  # what is made in it could not be moved outside of it
+            if self.origin is not None and self.file_codec == codec:
+                return self.origin.load(progress)
+            return to_weight_memory(encode(self.qweight(), codec))
 
     def rest_in_memory(self, payload: Tensor) -> None:
         """Gives all modules a payload of the same integers."""
