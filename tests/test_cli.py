@@ -115,6 +115,55 @@ def test_generate(folders):
     assert sampled[0] == sampled[1]
 
 
+def test_a_plan_is_made_saved_and_followed(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("DCEXT_CACHE", str(tmp_path / "cache"))
+    plan, png = tmp_path / "plan.json", tmp_path / "plan.png"
+    report = run_json(
+        *("plan", folders / "out", "--host-memory", "60MB", "--tokens", "1:8,16:1"),
+        *("-o", plan, "--plot", png, "--measure"),
+    )
+    assert report == {**json.loads(plan.read_text()), "curve": report["curve"]}
+    assert len(report["layers"]) == 15
+    assert {each["tokens"] for each in report["passes"]} == {1, 16}
+    assert all(each["measured_s"] > 0 for each in report["passes"])
+    assert png.read_bytes().startswith(b"\x89PNG")
+    machines = list((tmp_path / "cache/machines").iterdir())
+    assert len(machines) == 1
+    copied = tmp_path / "machine.json"
+    assert run_json("tune", "-o", copied) == json.loads(
+        machines[0].read_text()
+    )  # not measured again
+    arguments = ("generate", folders / "out", "--prompt", "It was", "--max-new-tokens", "5")
+    assert run(*arguments, "--plan", plan).stdout == run(*arguments).stdout
+
+
+def test_plans_for_what_is_not_here(tmp_path):
+    options = ("plan", "--shapes", "opt-1.3b", "--machine", "pcie4", "--device-memory", "800MB")
+    shown = run(*options, "--host-memory", "8GB", "--plot", "-").stdout
+    assert "projected: PCIe 4.0" in shown
+    assert "of device memory; plain INT8" in shown
+    assert "INT8 operations for each stored byte" in shown
+    missed = run(*options[:-1], "10MB", code=1).stderr
+    assert "BudgetError: plan: expected room" in missed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan"], "plan: expected either OUT, a folder that `dcext compress` wrote, or --shapes"),
+        (["plan", "--shapes", "gpt-2"], "shapes: expected one of opt-1.3b"),
+        (["plan", "--shapes", "opt-1.3b", "--tokens", "x"], "--tokens: expected tokens"),
+        (["plan", "--shapes", "opt-1.3b", "--slowdown", "x"], "--slowdown: expected a share"),
+        (["plan", "--shapes", "opt-1.3b", "--plot", "a.pdf"], "expected a name ending in .png"),
+        (["plan", "--shapes", "opt-1.3b", "--measure"], "--measure: expected a model"),
+    ],
+)
+def test_wrong_options_of_plan(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("DCEXT_CACHE", str(tmp_path))
+    machine = ["--machine", "laptop"] if "--measure" not in arguments else []
+    assert message in " ".join(run(*arguments, *machine, code=1).stderr.split())
+
+
 def test_info():
     report = run_json("info")
     assert report["zstd"] == "1.5.7"

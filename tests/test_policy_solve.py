@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dcext.policy.solve import Problem, solve
+from dcext.policy.solve import Problem, bound, solve
 
 
 def drawn(seed: int) -> Problem:
@@ -32,15 +32,17 @@ def exhaustive(problem: Problem) -> float:
     return min((problem.seconds(c) for c in choices if problem.fits(c)), default=np.inf)
 
 
-@pytest.mark.parametrize("seed", range(60))
+# The last ones were missed by the subgradient method: 24 % off the best, and a choice that fits not found.
+@pytest.mark.parametrize("seed", [*range(60), 2262, 1339])
 def test_nearly_the_best(seed):
     problem = drawn(seed)
     best, found = exhaustive(problem), solve(problem)
+    assert bound(problem) <= best
     if found is None:
         assert best == np.inf
         return
     assert problem.fits(found)
-    assert problem.seconds(found) <= 1.03 * best
+    assert problem.seconds(found) <= 1.01 * best
     assert np.array_equal(found, solve(problem))
 
 
@@ -52,3 +54,21 @@ def test_what_cannot_fit():
 def test_nothing_to_choose():
     problem = Problem(np.ones((0, 1, 1, 1)), np.ones((0, 1, 1)), np.ones(1), np.ones(1))
     assert len(solve(problem)) == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_things_are_within_one_percent_of_the_bound(seed):
+    draw = np.random.default_rng(seed)
+    things, options, pools, workloads = 120, 7, draw.integers(1, 3), draw.integers(1, 3)
+    kinds = draw.integers(0, 5, size=things)
+    # As layers: few kinds, each of about the same size and time, options between which resources are exchanged for memory.
+    time = draw.exponential(size=(5, options, 4, workloads))[kinds]
+    time[:, :, 1:] *= draw.integers(0, 2, size=(1, options, 3, 1))
+    memory = draw.uniform(100, 1000, size=(5, options, pools))[kinds]
+    memory *= draw.uniform(0.95, 1.05, size=(things, options, 1))
+    least, most = memory.min(axis=1).sum(axis=0).max(), memory.max(axis=1).sum(axis=0).max()
+    budget = np.full(pools, least + 0.6 * (most - least))
+    problem = Problem(time, memory, budget, np.ones(workloads))
+    found = solve(problem)
+    assert problem.fits(found)
+    assert problem.seconds(found) <= 1.01 * bound(problem)

@@ -17,10 +17,11 @@ from dcext.policy.predict import (
     Unit,
     place_and_codec,
 )
-from dcext.policy.solve import Choice, Floats, Problem, solutions
+from dcext.policy.solve import Choice, Floats, Problem, bound, solutions
 
 FINE = 0.005  # of memory, for a bound of time
 SPREAD_LOSES = 1e-3  # relative time that an even order may cost
+GAINS = 1e-3  # relative time that travels, and reads from the disk, must save
 SLOWER_DISK = 1.4
 MOVES = 200  # predictions of whole passes, of a few tenths of a millisecond
 MOVE_GAINS = 1e-6
@@ -124,8 +125,11 @@ class Decider:
             BudgetError: not even the smallest fit: by how much.
         """
         best: tuple[float, dict[str, str]] | None = None
+        total = sum(self.mix.values())
         for problem in self._problems(budget):
             if (problem.budget < 0).any():
+                continue
+            if best is not None and bound(problem) / total >= best[0] * (1 - GAINS):
                 continue
             for choice in solutions(problem, quick=quick):
                 tiers = self._named(self._spread(problem, choice))

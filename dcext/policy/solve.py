@@ -5,27 +5,40 @@ A multiple-choice knapsack whose objective is a weighted sum of maxima:
     minimize    sum_w weight[w] * max_r sum_i time[i, choice[i], r, w]
     subject to  sum_i memory[i, choice[i], p] <= budget[p]   for every pool p
 
-(r: resources that work side by side, such as processors and the disk; w: workloads, such as one token and 512). The
-relaxation gives every budget a price and splits every maximum into prices of its resources; then each thing chooses by
-itself. Prices are found by the subgradient method (Held, Wolfe, Crowder, Validation of subgradient optimization,
-Mathematical Programming 6, 1974); what they choose is made to fit, and improved by single moves and by pairs.
+(r: resources that work side by side, such as processors and the disk; w: workloads, such as one token and 512). In the
+relaxation things may take options in part. Its dual has few variables, a price of every budget and a split of every
+maximum among its resources, at which each thing chooses by itself; it is smoothed, so that things choose in part, and
+solved by Newton's method with a barrier (Boyd, Vandenberghe, Convex Optimization, 2004, chapter 11; entropic smoothing:
+Nesterov, Smooth minimization of non-smooth functions, Mathematical Programming 103, 2005). What is chosen in part is
+rounded so that sums stay, made to fit, and improved by single moves and by pairs.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Choice = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
-STEPS = 200
-FITTED = 40  # candidates that are made to fit
+# Of the smoothing, relative to the seconds of the smallest choice: the relaxation is off by a few times the last.
+SMOOTHINGS = tuple(10.0 ** (-k / 2) for k in range(13))
+NEWTON_STEPS, HALVINGS = 12, 30
+ORDERS, ORDERED = (
+    (4, 32),
+    2000,
+)  # in which shares are rounded, beside the first: more of them for few things
 IMPROVED = 8  # of the candidates, the best so many
+LEAST_SHARE = 1e-3  # of an option that a thing can be rounded to
 DRAWN = 16  # candidates at drawn prices of pools, for budgets that are hard to meet
-PAIRS = 1_000_000  # candidates of pair moves looked at in all
+NEAR = 5e-4  # relative to the bound; what is nearer is not improved by pairs
+PAIRS = 4_000_000  # candidates of pair moves looked at in all
+ROUNDING = 1e-8  # relative, of sums
 IMPROVES = 1e-9  # relative; less is rounding
 
 
@@ -65,8 +78,9 @@ class Problem:
 def solve(problem: Problem) -> Choice | None:
     """A choice that fits and is nearly the fastest, ``(things,)``; None where the smallest of everything does not fit.
 
-    Deterministic. Against exhaustive search on small cases it is within 3 % (and nearly always equal); for thousands of
-    things it takes seconds.
+    Deterministic. Equal to exhaustive search on 4000 small cases drawn at random; for published shapes on the presets within
+    0.1 % of ``bound`` at the median, and 11 % above it at worst, where one payload is a large part of the model. Takes about a
+    second for 200 things, two for 600.
     """
     found = solutions(problem)
     return found[0] if found else None
@@ -77,17 +91,26 @@ def solutions(problem: Problem, *, quick: bool = False) -> list[Choice]:
     if len(problem.time) == 0:
         return [np.zeros(0, dtype=np.int64)]
     search = _Search(problem)
-    found = search.candidates()
-    if len(found) > FITTED:  # evenly along the way, which ends near the best, and that end
-        found = _distinct([*found[:: -(-2 * len(found) // FITTED)], *found[-FITTED // 2 :]])
-    fitted = [choice for choice in map(search.fit, found) if choice is not None]
+    if not search.exists.any(axis=1).all():
+        return []
+    fitted = [choice for choice in map(search.fit, search.candidates()) if choice is not None]
     if not fitted:
         return []
     fitted = sorted(_distinct(fitted), key=problem.seconds)[:IMPROVED]
     improved = sorted((search.improve(choice) for choice in fitted), key=problem.seconds)
-    if quick:
+    if quick or problem.seconds(improved[0]) <= (1 + NEAR) * search.bound():
         return _distinct(improved)
     return _distinct([search.improve_by_pairs(improved[0]), *improved])
+
+
+def bound(problem: Problem) -> float:
+    """Seconds below which there is no choice that fits, by duality; infinite where something has no option at all."""
+    if len(problem.time) == 0:
+        return 0.0
+    search = _Search(problem)
+    if not search.exists.any(axis=1).all():
+        return math.inf
+    return search.bound()
 
 
 def _distinct(choices: list[Choice]) -> list[Choice]:
@@ -99,7 +122,8 @@ class _Search:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.exists = np.isfinite(problem.time).all(axis=(2, 3))
+        fits = (problem.memory <= problem.budget).all(axis=2)
+        self.exists: Bools = np.asarray(np.isfinite(problem.time).all(axis=(2, 3)) & fits)
         self.time = np.where(np.isfinite(problem.time), problem.time, 0.0)
         # In units of the budgets, so that prices of pools compare.
         self.scale = np.maximum(problem.budget, 1.0)
@@ -107,35 +131,92 @@ class _Search:
 
     def cheapest(self, split: Floats, price: Floats) -> Choice:
         """What each thing chooses at prices: ``split`` (resources, workloads), ``price`` (pools,)."""
-        cost = np.einsum("iorw,rw->io", self.time, split) + self.share @ price
-        return np.where(self.exists, cost, np.inf).argmin(axis=1)
+        return np.where(self.exists, self.cost(split, price), np.inf).argmin(axis=1)
+
+    def cost(self, split: Floats, price: Floats) -> Floats:
+        """Of each option, ``(things, options)``."""
+        return np.einsum("iorw,rw->io", self.time, split) + self.share @ price
 
     def candidates(self) -> list[Choice]:
-        """Choices along the way of the subgradient method, and the smallest one."""
+        """What the relaxation chooses, rounded; the smallest choice, and those at drawn prices."""
         problem = self.problem
-        _, _, resources, workloads = problem.time.shape
-        split = np.tile(problem.weight, (resources, 1)) / resources
-        price = np.zeros(len(problem.budget))
-        size = np.full(len(problem.budget), 1e6)
-        smallest = self.cheapest(np.full((resources, workloads), 1e-9), size)
-        found = [smallest]
-        reference = max(problem.seconds(smallest), 1e-12)
-        for step in range(STEPS):
-            choice = self.cheapest(split, price)
-            found.append(choice)
-            rate = 1.0 / (1 + step) ** 0.6
-            sums = Problem._sums(self.time, choice)
-            # Multiplicative: the split of each workload stays on the simplex.
-            gap = (sums - sums.max(axis=0)) / np.maximum(sums.max(axis=0), 1e-12)
-            split = split * np.exp(2 * rate * gap)
-            split *= problem.weight / np.maximum(split.sum(axis=0), 1e-300)
-            excess = Problem._sums(self.share, choice) - problem.budget / self.scale
-            price = np.maximum(price + rate * reference * excess, 0.0)
+        things, options = self.exists.shape
+        nothing = np.full(self.time.shape[2:], 1e-9)
+        smallest, reference = self.smallest
         draw = np.random.default_rng(0)
+        found = [smallest]
+        # Likes beside each other, nothing owed; then in any order, as if others had come before.
+        orders = [np.lexsort(problem.memory.max(axis=1).T)]
+        least, most = ORDERS
+        count = max(least, min(most, ORDERED // things))
+        orders += [draw.permutation(things) for _ in range(count)]
+        owed = draw.random((len(orders), options)) - 0.5
+        owed[0] = 0.0
+        for _, shares in self.relaxed:
+            found.append(shares.argmax(axis=1))
+            found += [self.rounded(shares, *start) for start in zip(orders, owed, strict=True)]
         for _ in range(DRAWN):
             price = draw.dirichlet(np.ones(len(problem.budget))) * reference
-            found.append(self.cheapest(split * 1e-6, price))
+            found.append(self.cheapest(nothing, price))
         return _distinct(found)
+
+    @cached_property
+    def smallest(self) -> tuple[Choice, float]:
+        """Where time hardly counts, and its mean seconds: the scale of times."""
+        pools = np.full(len(self.problem.budget), 1e6)
+        smallest = self.cheapest(np.full(self.time.shape[2:], 1e-9), pools)
+        mean = self.problem.seconds(smallest) / self.problem.weight.sum()
+        return smallest, max(mean, 1e-12)
+
+    def bound(self) -> float:
+        """See ``bound``."""
+        _, reference = self.smallest
+        prices, _ = self.relaxed[-1]
+        split, price = np.split(prices, [-len(self.problem.budget)])
+        split = split.reshape(self.time.shape[2:])
+        # What holds for any prices whose splits sum to the weights.
+        split = split * self.problem.weight / split.sum(axis=0)
+        price = price * self.problem.weight.sum() * reference
+        cost = np.where(self.exists, self.cost(split, price), np.inf).min(axis=1)
+        found = float(cost.sum() - price @ (self.problem.budget / self.scale))
+        return max(0.0, found * (1 - ROUNDING))
+
+    @cached_property
+    def relaxed(self) -> list[tuple[Floats, Floats]]:
+        """Prices, and the shares of options at them, ``(things, options)``, from the coarsest smoothing to the finest."""
+        problem = self.problem
+        _, reference = self.smallest
+        things, options, resources, workloads = self.time.shape
+        split_size = resources * workloads
+        features = np.concatenate(
+            [self.time.reshape(things, options, split_size) / reference, self.share], axis=2
+        )
+        budget = np.concatenate([np.zeros(split_size), problem.budget / self.scale])
+        total = problem.weight.sum()
+        # The split of each workload sums to its weight.
+        sums = np.zeros((workloads, len(budget)))
+        sums[:, :split_size] = np.tile(np.eye(workloads), resources)
+        prices = np.ones(len(budget))
+        prices[:split_size] = np.tile(problem.weight / total, resources) / resources
+        found = []
+        for smoothing in SMOOTHINGS:
+            dual = _Dual(features, self.exists, budget, smoothing)
+            prices = dual.maximize(prices, sums)
+            found.append((prices, dual.shares(prices)))
+        return found
+
+    @staticmethod
+    def rounded(shares: Floats, order: Choice, owed: Floats) -> Choice:
+        """A whole option for each thing, so that sums over things stay as they are: what one gets too much, the next lacks."""
+        choice = np.empty(len(shares), dtype=np.int64)
+        owed = owed.copy()
+        for thing in order:
+            owed += shares[thing]
+            # Only what it takes in part, else what is owed of rare options would go to whatever comes next.
+            option = np.where(shares[thing] > LEAST_SHARE, owed, -np.inf).argmax()
+            choice[thing] = option
+            owed[option] -= 1
+        return choice
 
     def moves(self, choice: Choice) -> tuple[Floats, Floats]:
         """What every single move gives: seconds ``(things, options)`` and bytes ``(things, options, pools)``."""
@@ -207,3 +288,63 @@ class _Search:
                 return choice
             now, choice = best_seconds, best
         return choice
+
+
+class _Dual:
+    """The smoothed dual of the relaxation: concave in the prices, all of which are positive."""
+
+    def __init__(self, features: Floats, exists: Bools, budget: Floats, smoothing: float) -> None:
+        """Args: features: ``(things, options, prices)``. budget: ``(prices,)``. smoothing: of the sum over things."""
+        self.features = features
+        self.exists = exists
+        self.budget = budget
+        self.barrier = smoothing / len(budget)
+        self.entropy = smoothing / len(features)
+
+    def _exponents(self, prices: Floats) -> Floats:
+        exponents = -(self.features @ prices) / self.entropy
+        return np.where(self.exists, exponents, -np.inf)
+
+    def value(self, prices: Floats) -> float:
+        """What is maximized."""
+        exponents = self._exponents(prices)
+        most = exponents.max(axis=1, keepdims=True)
+        chosen = -self.entropy * (most[:, 0] + np.log(np.exp(exponents - most).sum(axis=1)))
+        barrier = self.barrier * np.log(prices).sum()
+        return float(chosen.sum() - self.budget @ prices + barrier)
+
+    def shares(self, prices: Floats) -> Floats:
+        """Of options at prices, ``(things, options)``."""
+        exponents = self._exponents(prices)
+        shares = np.exp(exponents - exponents.max(axis=1, keepdims=True))
+        return shares / shares.sum(axis=1, keepdims=True)
+
+    def maximize(self, prices: Floats, sums: Floats) -> Floats:
+        """Newton's method, from prices that keep ``sums @ prices``, which stay."""
+        count, rows = len(prices), len(sums)
+        system = np.zeros((count + rows, count + rows))
+        system[:count, count:], system[count:, :count] = sums.T, sums
+        now = self.value(prices)
+        for _ in range(NEWTON_STEPS):
+            shares = self.shares(prices)
+            mean = np.einsum("io,iok->ik", shares, self.features)
+            gradient = mean.sum(axis=0) - self.budget + self.barrier / prices
+            weighted = (shares[:, :, None] * self.features).reshape(-1, count)
+            second = weighted.T @ self.features.reshape(-1, count) - mean.T @ mean
+            system[:count, :count] = second / self.entropy + np.diag(self.barrier / prices**2)
+            step = np.linalg.lstsq(system, np.append(gradient, np.zeros(rows)), rcond=None)[0]
+            step = step[:count]
+            shrinks = step < 0
+            length = min(1.0, 0.99 / max((-step[shrinks] / prices[shrinks]).max(initial=0.0), 1e-9))
+            for _ in range(HALVINGS):
+                value = self.value(prices + length * step)
+                if value >= now:
+                    break
+                length /= 2
+            else:
+                break
+            prices = prices + length * step
+            if value - now < 0.01 * self.barrier:
+                break
+            now = value
+        return prices
