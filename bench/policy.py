@@ -65,11 +65,11 @@ class Sizes:
     lengths: tuple[int, ...] = (1, 16, 512)
     mix: Mapping[int, float] = field(default_factory=lambda: {1: 128.0, 512: 1.0})
     shares: tuple[float, ...] = (0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0)
-    choice_shares: tuple[float, ...] = (0.45, 0.6)
+    choice_shares: tuple[float, ...] = (0.6,)
     random_placements: int = 30
     adapt_shares: tuple[float, ...] = (0.35, 0.5)
     passes: tuple[int, int] = (60, 20)
-    rounds: int = 5
+    rounds: int = 4
 
 
 SMOKE = Sizes((1, 4), {1: 8.0, 4: 1.0}, (0.6,), (0.6,), 2, (0.5,), (12, 12), 1)

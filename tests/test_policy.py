@@ -22,7 +22,7 @@ from dcext.policy import measure
 from dcext.policy.decide import Budget, BudgetError, Decider
 from dcext.policy.machine import PROJECTED, Machine, Processor
 from dcext.policy.plan import Plan, load_plan
-from dcext.policy.predict import Observed, Predictor, Unit
+from dcext.policy.predict import Observed, ObservedDisk, Predictor, Unit
 from dcext.policy.timeline import SLOTS, pass_s
 from dcext.runtime.adapt import Adapter
 from dcext.runtime.observe import describe, forward_of
@@ -86,7 +86,9 @@ def drawn_case(seed: int, machine: Machine) -> tuple[Decider, Budget]:
     """A model of up to five layers, and a budget that may be too small."""
     draw = np.random.default_rng(seed)
     units = drawn_units(draw, int(draw.integers(1, 6 if machine is CPU else 4)))
-    observed = Observed(other_s={1: float(draw.exponential(1e-3))}, read_s=2e-5)
+    observed = Observed(
+        other_s={1: float(draw.exponential(1e-3))}, disk={1 << 20: ObservedDisk(2.0, 2e-5)}
+    )
     mix = {1: 1.0} if draw.random() < 0.5 else {1: 100.0, 512: 1.0}
     slots = 1 << 20
     decider = Decider(Predictor(machine, observed=observed, slots_nbytes=slots), units, mix, 1000)
@@ -393,7 +395,8 @@ def test_observing_leaves_the_model_as_it_was(folders, machine, monkeypatch):
     for codec in ("raw", "packed", "zstd"):
         assert {kind for kind, name in studied.observed.layer_s if name == codec} == kinds
     assert set(studied.observed.other_s) == {1, 8}
-    assert studied.observed.disk_gbps > 0
+    assert all(disk.gbps > 0 for disk in studied.observed.disk.values())
+    assert len(studied.observed.disk) == 2
     on_disk = dcext.from_pretrained(folders["packed"], host_memory=LEAST)
     tiers = [weight.tier for weight in weights_of(on_disk)]
     planning.study(on_disk, (1,))

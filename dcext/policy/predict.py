@@ -66,6 +66,19 @@ class Unit:
         return (*self.shape, self.multiplied, self.looked_up, self.activations)
 
 
+@dataclass(frozen=True)
+class ObservedDisk:
+    """What layers on the disk cost while a model runs.
+
+    Attributes:
+        gbps: that reading them gives.
+        read_s: by how much each is slower though the disk keeps up: threads wake, processors are shared.
+    """
+
+    gbps: float
+    read_s: float
+
+
 @dataclass
 class Observed:
     """Times of a model that were taken while it ran.
@@ -75,16 +88,14 @@ class Observed:
         other_s: seconds of a pass outside of layers, by number of tokens.
         threads: that there were then; None for all.
         scale: by which computing has become slower since, by number of tokens.
-        disk_gbps: what reading layers from files gave while the model ran; None where nothing was read.
-        read_s: by how much a layer is slower when it is read meanwhile and the disk keeps up: threads wake, processors are shared.
+        disk: what layers on the disk cost, by the memory that there is to read into; empty where nothing was read.
     """
 
     layer_s: dict[tuple[object, str], dict[int, float]] = field(default_factory=dict)
     other_s: dict[int, float] = field(default_factory=dict)
     threads: int | None = None
     scale: dict[int, float] = field(default_factory=dict)
-    disk_gbps: float | None = None
-    read_s: float = 0.0
+    disk: dict[int, ObservedDisk] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,8 +145,15 @@ class Predictor:
 
     @property
     def disk_gbps(self) -> float | None:
-        """As observed, else as measured."""
-        return self.observed.disk_gbps or self.machine.disk_gbps
+        """As observed with the memory nearest to what there is to read into, else as measured."""
+        disk = self._observed_disk()
+        return self.machine.disk_gbps if disk is None else disk.gbps
+
+    def _observed_disk(self) -> ObservedDisk | None:
+        known = self.observed.disk
+        if not known:
+            return None
+        return known[min(known, key=lambda slots: abs(slots - self.slots_nbytes))]
 
     def tiers(self, unit: Unit) -> list[str]:
         """Where a unit can be: ``"memory/raw"``, ``"disk/zstd"`` .., or with a device ``"device/packed"``, ``"host/zstd"`` .."""
@@ -220,7 +238,9 @@ class Predictor:
         verify_s = 1 / (self.machine.verify_gbps * 1e9) if self.machine.verify_gbps else 0.0
         checks = HOST if self.machine.device is not None else COMPUTE
         taken[DISK] += unit.multiplied * nbytes * disk_s
-        taken[checks] += unit.multiplied * (nbytes * verify_s + self.observed.read_s)
+        disk = self._observed_disk()
+        read_s = 0.0 if disk is None else disk.read_s
+        taken[checks] += unit.multiplied * (nbytes * verify_s + read_s)
         if unit.looked_up:
             # Nobody knows ahead which pieces: what runs waits for as many as tokens, drawn at random, fall into.
             pieces = -(-nbytes // (self.slots_nbytes // SLOTS))

@@ -18,7 +18,7 @@ from torch import nn
 from dcext.policy.decide import BudgetError
 from dcext.policy.machine import Machine
 from dcext.policy.plan import count_tokens
-from dcext.policy.predict import COMPUTE, Observed, Prediction, Unit
+from dcext.policy.predict import COMPUTE, Observed, ObservedDisk, Prediction, Unit
 from dcext.runtime.observe import CODECS, Forward, LayerClock, Progress
 from dcext.runtime.passes import gate_of
 from dcext.runtime.placement import offload_of
@@ -221,8 +221,13 @@ class Adapter:
         observed = self._study.observed
         if self._clocked:
             observed = self._corrected(self._length)
-        if rates:
-            observed = replace(observed, disk_gbps=statistics.median(rates) / 1e9)
+        known = self._predictor.disk_gbps
+        if rates and known:
+            ratio = statistics.median(rates) / 1e9 / known
+            disk = {n: replace(d, gbps=ratio * d.gbps) for n, d in observed.disk.items()}
+            observed = replace(
+                observed, disk=disk or {self.plan.slots_nbytes: ObservedDisk(ratio * known, 0.0)}
+            )
         self._study = replace(self._study, observed=observed)
         try:
             found = self._study.plan(**self._options, quick=True)

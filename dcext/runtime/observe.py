@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dcext.codec import encode, payload_info
-from dcext.policy.predict import Observed, Unit, place_and_codec
+from dcext.policy.predict import Observed, ObservedDisk, Unit, place_and_codec
 from dcext.runtime.host_stream import HostStream
-from dcext.runtime.placement import SLOTS_NBYTES
 from dcext.runtime.retier import retier
 from dcext.runtime.weights import Weight
 
@@ -249,7 +248,7 @@ def _restored(weights: Sequence[Weight]) -> Iterator[None]:
                 module.rest_in_file(payload, streamed)
 
 
-def observe_disk(weights: Sequence[Weight]) -> float | None:
+def observe_disk(weights: Sequence[Weight], slots_nbytes: int) -> float | None:
     """GB/s of the reads that streaming does, from the model's own files; None where no weight is in one."""
     origins: dict[str, Any] = {}
     nbytes = 0
@@ -259,7 +258,7 @@ def observe_disk(weights: Sequence[Weight]) -> float | None:
             nbytes += weight.nbytes
     if not origins:
         return None
-    stream = HostStream(origins, SLOTS_NBYTES)
+    stream = HostStream(origins, slots_nbytes)
     try:
         stream.read_all()
         return statistics.median(stream.read_all() for _ in range(DISK_LOOKS)) / 1e9
@@ -274,7 +273,8 @@ def observe_streaming(
     tokens: int,
     forward: Forward,
     verify_gbps: float,
-) -> tuple[float | None, float]:
+    slots_nbytes: int,
+) -> ObservedDisk | None:
     """What layers on the disk cost a pass of a real model, of which no layer is on the disk now.
 
     A few layers there show by how much each is slower though the disk keeps up; all of them, what the disk gives while
@@ -286,13 +286,14 @@ def observe_streaming(
         tokens: of a pass; the fewer, the less time there is to hide reads.
         forward: runs a pass.
         verify_gbps: comparing bytes with their checksums.
+        slots_nbytes: memory to read into; with less of it, reads are smaller and more.
 
     Returns:
-        GB/s, and seconds for each layer on the disk; None and 0 where no layer is in a file.
+        None where no layer is in a file.
     """
-    free_gbps = observe_disk(weights)
+    free_gbps = observe_disk(weights, slots_nbytes)
     if free_gbps is None:
-        return None, 0.0
+        return None
     before = {weight.name: weight.tier for weight in weights}
     kept = [(weight, weight.module.payload) for weight in weights]
     layers = [weight for weight in weights if weight.origin is not None and not weight.is_looked_up]
@@ -300,12 +301,12 @@ def observe_streaming(
     def with_disk(streamed: Sequence[Weight]) -> tuple[float, float]:
         """Seconds of a pass, and bytes that it reads."""
         tiers = before | {weight.name: f"disk/{weight.file_codec}" for weight in streamed}
-        retier(model, list(weights), tiers, SLOTS_NBYTES)
+        retier(model, list(weights), tiers, slots_nbytes)
         return pass_seconds(forward, tokens), sum(weight.nbytes for weight in streamed)
 
     try:
         plain_s, _ = with_disk([])
-        few = layers[FEW // 2 :: FEW]
+        few = layers[FEW // 2 :: FEW] or layers
         few_s, few_nbytes = with_disk(few)
         slower = few_s - plain_s - few_nbytes / (verify_gbps * 1e9)
         hidden = few_nbytes / (free_gbps * 1e9) < few_s
@@ -313,11 +314,11 @@ def observe_streaming(
         all_s, all_nbytes = with_disk(layers)
         computed_s = plain_s + len(layers) * read_s + all_nbytes / (verify_gbps * 1e9)
         waits = all_s > BOUND * computed_s
-        return (all_nbytes / all_s / 1e9 if waits else free_gbps), read_s
+        return ObservedDisk(all_nbytes / all_s / 1e9 if waits else free_gbps, read_s)
     finally:
         for weight, payload in kept:
             weight.rest_in_memory(payload)
-        retier(model, list(weights), before, SLOTS_NBYTES)
+        retier(model, list(weights), before, slots_nbytes)
 
 
 def pass_seconds(forward: Forward, tokens: int) -> float:

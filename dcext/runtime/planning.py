@@ -14,7 +14,7 @@ from dcext.policy.decide import Budget, BudgetError, Decider, travel_nbytes
 from dcext.policy.machine import Machine, load_machine
 from dcext.policy.measure import tune
 from dcext.policy.plan import Plan
-from dcext.policy.predict import Observed, Predictor, Unit
+from dcext.policy.predict import Observed, ObservedDisk, Predictor, Unit
 from dcext.policy.presets import preset
 from dcext.runtime.budget import format_nbytes, free_memory, parse_nbytes
 from dcext.runtime.observe import (
@@ -158,12 +158,16 @@ def study(
         observed = observe(
             weights, units, lengths, forward, lambda what, share: report(what, OBSERVING * share)
         )
-        if not any(weight.module.is_in_file for weight in weights):
-            verify_gbps = found.verify_gbps or math.inf
-            disk = observe_streaming(model, weights, min(lengths), forward, verify_gbps)
-            observed.disk_gbps, observed.read_s = disk
-        else:
-            observed.disk_gbps = observe_disk(weights)
+        for slots in (SLOTS_NBYTES, SMALL_SLOTS_NBYTES):
+            disk: ObservedDisk | None
+            if any(weight.module.is_in_file for weight in weights):
+                gbps = observe_disk(weights, slots)
+                disk = None if gbps is None else ObservedDisk(gbps, 0.0)
+            else:
+                verify_gbps = found.verify_gbps or math.inf
+                disk = observe_streaming(model, weights, min(lengths), forward, verify_gbps, slots)
+            if disk is not None:
+                observed.disk[slots] = disk
     resident = sum(w.module.payload.nbytes for w in weights if not w.module.is_in_file)
     return Study(units, found, observed, other_nbytes(model), resident)
 
