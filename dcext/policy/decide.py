@@ -131,11 +131,12 @@ class Decider:
                 continue
             if best is not None and bound(problem) / total >= best[0] * (1 - GAINS):
                 continue
-            for choice in solutions(problem, quick=quick):
-                tiers = self._named(self._spread(problem, choice))
-                seconds = self.mean_s(tiers)
-                if best is None or seconds < best[0]:
-                    best = seconds, tiers
+            for variant in self._variants(problem, budget):
+                for choice in solutions(variant, quick=quick):
+                    tiers = self._named(self._spread(problem, choice))
+                    seconds = self.mean_s(tiers)
+                    if best is None or seconds < best[0]:
+                        best = seconds, tiers
         if best is None:
             raise BudgetError(self._shortfall(budget))
         return best[1] if quick else self._improved(best[1], best[0], budget)
@@ -181,19 +182,30 @@ class Decider:
         for travel in (False, True) if self.on_device else (False,):
             yield self.problem(budget, disk=False, travel=travel)
         if on_disk:
-            whole = self.problem(budget, disk=True, travel=self.on_device)
-            yield whole
-            if not self.on_device:
-                # The disk as if slower, and nothing on it that its slots cannot hold: of what cannot overlap, less.
-                slower, small = whole.time.copy(), whole.time.copy()
-                slower[:, :, DISK] *= SLOWER_DISK
-                for i, unit in enumerate(self.units):
-                    if unit.multiplied and min(unit.nbytes.values()) > budget.slots:
-                        small[
-                            i, [j for j, t in enumerate(self.tiers[i]) if t.startswith("disk/")]
-                        ] = np.inf
-                yield replace(whole, time=slower)
-                yield replace(whole, time=small)
+            yield self.problem(budget, disk=True, travel=self.on_device)
+
+    def _variants(self, problem: Problem, budget: Budget) -> Iterator[Problem]:
+        """A problem; and if a CPU reads from the disk, it with a slower disk, and with nothing there that slots cannot hold.
+
+        What is best for those has less that cannot overlap, which the problem knows nothing of.
+        """
+        yield problem
+        on_disk = [
+            (i, j)
+            for i, tiers in enumerate(self.tiers)
+            for j, t in enumerate(tiers)
+            if t.startswith("disk/")
+        ]
+        if self.on_device or not any(np.isfinite(problem.time[i, j]).all() for i, j in on_disk):
+            return
+        slower, small = problem.time.copy(), problem.time.copy()
+        slower[:, :, DISK] *= SLOWER_DISK
+        for i, j in on_disk:
+            unit = self.units[i]
+            if unit.multiplied and min(unit.nbytes.values()) > budget.slots:
+                small[i, j] = np.inf
+        yield replace(problem, time=slower)
+        yield replace(problem, time=small)
 
     def smallest(self, budget: Budget) -> int:
         """Bytes of host memory below which nothing fits, if there is room on the device."""
