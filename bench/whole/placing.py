@@ -14,9 +14,10 @@ from torch import Tensor
 from watch import Watch
 
 import dcext
+from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.plan import Plan
 from dcext.policy.predict import Prediction, Unit, place_and_codec
-from dcext.runtime.observe import CODECS, forward_of
+from dcext.runtime.observe import forward_of
 from dcext.runtime.placement import SLOTS_NBYTES, slots_for
 from dcext.runtime.planning import SMALL_SLOTS_NBYTES, Study, study
 from dcext.runtime.retier import retier
@@ -67,7 +68,7 @@ class Rig:
         self._payloads: dict[tuple[str, str], Tensor] = {
             (weight.name, codec): weight.payload(codec)
             for weight in self.weights
-            for codec in CODECS
+            for codec in LAYER_CODECS
         }
 
     @property

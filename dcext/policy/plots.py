@@ -28,7 +28,6 @@ INTENSITIES = [
 class RooflinePoint:
     """Layers of a kind: operations for each stored byte, and TOPS, predicted and as taken."""
 
-    label: str
     codec: str
     tokens: int
     intensity: float
@@ -55,7 +54,6 @@ def roofline_points(predictor: Predictor, units: Sequence[Unit], plan: Plan) -> 
             seconds = predictor.compute_s(unit, codec, each.tokens)
             taken = layer.measured_s.get(each.tokens)
             found[key] = RooflinePoint(
-                label=f"{unit.shape[0]} x {unit.shape[1]}",
                 codec=codec,
                 tokens=each.tokens,
                 intensity=operations / (unit.nbytes[codec] * unit.multiplied),

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from dcext.policy.decide import BudgetError
-from dcext.policy.machine import Machine
+from dcext.policy.machine import LAYER_CODECS, Machine
 from dcext.policy.plan import count_tokens
 from dcext.policy.predict import COMPUTE, Observed, ObservedDisk, Prediction, Unit
-from dcext.runtime.observe import CODECS, Forward, LayerClock, Progress
+from dcext.runtime.observe import Forward, LayerClock, Progress
 from dcext.runtime.passes import gate_of
 from dcext.runtime.placement import offload_of
 from dcext.runtime.planning import Study, checked_mix, study
@@ -191,7 +191,7 @@ class Adapter:
         changes = []
         for members in by_kind.values():
             codecs = Counter(weight.module.codec for weight, _ in members)
-            for codec in CODECS:
+            for codec in LAYER_CODECS:
                 weight, unit = members[-1]
                 taken = unit.nbytes[codec] - weight.module.payload.nbytes
                 if codec in codecs or codecs[weight.module.codec] == 1 or taken > room:
@@ -266,13 +266,13 @@ class Adapter:
         ratios = {key: statistics.median(values) for key, values in seen.items()}
         typical = {
             codec: statistics.median([r for (_, c), r in ratios.items() if c == codec] or [0.0])
-            for codec in CODECS
+            for codec in LAYER_CODECS
         }
         overall = statistics.median(ratios.values())
         lengths = {*old.observed.other_s, tokens}
         layer_s: dict[tuple[object, str], dict[int, float]] = {}
         for unit in {unit.kind: unit for unit in units}.values():
-            for codec in CODECS:
+            for codec in LAYER_CODECS:
                 ratio = ratios.get((unit.kind, codec)) or typical[codec] or overall
                 layer_s[unit.kind, codec] = {
                     n: old.compute_s(unit, codec, n) * (ratio if n == tokens else 1.0)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from dcext.codec import encode, payload_info
+from dcext.nn.embedding import DCEmbedding
+from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.predict import Observed, ObservedDisk, Unit, place_and_codec
 from dcext.runtime.host_stream import HostStream
 from dcext.runtime.retier import retier
 from dcext.runtime.weights import Weight
 
-CODECS = ("raw", "packed", "zstd")
 SAMPLES = 6  # units of a kind whose codecs are changed: a multiple of the codecs
 PASSES, PASSES_AT_MOST = 3, 12
 SECONDS_OF_A_LENGTH = 1.0  # in each rotation; more passes than three only so long
@@ -46,19 +47,19 @@ def describe(weights: Sequence[Weight], progress: Progress | None = None) -> lis
         nbytes = {own["codec"]: module.payload.nbytes}
         if weight.origin is not None and weight.file_codec is not None:
             nbytes[weight.file_codec] = weight.origin.nbytes
-        if len(nbytes) < len(CODECS):
+        if len(nbytes) < len(LAYER_CODECS):
             qweight = weight.qweight()
-            for codec in CODECS:
+            for codec in LAYER_CODECS:
                 if codec not in nbytes:
                     nbytes[codec] = encode(qweight, codec).nbytes
-        looked_up = sum(hasattr(m, "num_embeddings") for m in weight.modules)
+        looked_up = sum(isinstance(m, DCEmbedding) for m in weight.modules)
         units.append(
             Unit(
                 name=weight.name,
                 shape=weight.module.shape,
                 multiplied=len(weight.modules) - looked_up,
                 looked_up=looked_up,
-                nbytes={codec: nbytes[codec] for codec in CODECS},
+                nbytes={codec: nbytes[codec] for codec in LAYER_CODECS},
                 file_codec=weight.file_codec,
                 panels=-(-module.shape[0] // own["panel_rows"]),
                 activations=getattr(module, "activations", "int8"),
@@ -176,14 +177,14 @@ def observe(
     )
     others: dict[int, list[float]] = defaultdict(list)
     with _restored([weights[index] for index in sampled]):
-        for rotation in range(len(CODECS)):
+        for rotation in range(len(LAYER_CODECS)):
             for turn, index in enumerate(sampled):
                 weights[index].rest_in_memory(
-                    weights[index].payload(CODECS[(turn + rotation) % len(CODECS)])
+                    weights[index].payload(LAYER_CODECS[(turn + rotation) % len(LAYER_CODECS)])
                 )
             for tokens in lengths:
                 _take(weights, units, tokens, forward, layers, others)
-                report(f"{tokens} tokens", 1 / (len(CODECS) * len(lengths)))
+                report(f"{tokens} tokens", 1 / (len(LAYER_CODECS) * len(lengths)))
     return Observed(
         layer_s={
             key: {tokens: statistics.median(taken) for tokens, taken in table.items()}

@@ -151,7 +151,8 @@ def study(
     weights = weights_of(model)
     here = machine is None
     found = _machine(machine)
-    units = describe(weights, lambda what, share: report(what, DESCRIBING * share))
+    describing = DESCRIBING if here else 1.0
+    units = describe(weights, lambda what, share: report(what, describing * share))
     observed = Observed()
     if here:
         forward = forward or forward_of(model)

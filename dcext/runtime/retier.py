@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.plan import Plan
 from dcext.policy.predict import place_and_codec
 from dcext.runtime.host_stream import HostStream, StreamedWeight
@@ -22,7 +23,6 @@ from dcext.runtime.weights import Weight, weights_of
 
 PLAN_ATTRIBUTE = "dcext_plan"
 BATCH_NBYTES = 64 << 20  # of payloads that are made before they are exchanged
-CODECS = ("raw", "packed", "zstd")
 Progress = Callable[[int], None]
 Between = Callable[[], AbstractContextManager[None]]
 
@@ -75,9 +75,9 @@ def _check(tiers: Mapping[str, str], weights: list[Weight]) -> None:
         if name not in by_name:
             raise ValueError(f"plan: {name}: expected a compressed layer of the model, found none")
         place, codec = place_and_codec(tier)
-        if place not in ("memory", "disk") or codec not in CODECS:
+        if place not in ("memory", "disk") or codec not in LAYER_CODECS:
             raise ValueError(
-                f"plan: {name}: expected memory/CODEC or disk/CODEC with a codec of {CODECS}, as the model runs on the "
+                f"plan: {name}: expected memory/CODEC or disk/CODEC with a codec of {LAYER_CODECS}, as the model runs on the "
                 f"CPU, found {tier!r}"
             )
         found = by_name[name].file_codec
@@ -171,7 +171,7 @@ def _to_memory(
 
     def grows(weight: Weight) -> tuple[bool, int]:
         shrinks = not weight.module.is_in_file and wanted[weight.name] != "raw"
-        return not shrinks, CODECS[::-1].index(wanted[weight.name])
+        return not shrinks, LAYER_CODECS[::-1].index(wanted[weight.name])
 
     batch: list[tuple[Weight, Tensor]] = []
     for weight in sorted(moving, key=grows):
