@@ -131,13 +131,8 @@ def from_pretrained(
         FileNotFoundError: no such folder.
         FormatError: not a dcext checkpoint, or one that is damaged: file and tensor, expected and found.
     """
-    _check_budgets(torch.device(device), host_memory, device_memory)
+    _check_budgets(torch.device(device), host_memory, device_memory, plan)
     has_budget = host_memory is not None or device_memory is not None
-    if plan is not None and (has_budget or torch.device(device).type != "cpu"):
-        raise ValueError(
-            f"from_pretrained: plan: expected no budget and device 'cpu' beside it, got host_memory {host_memory!r}, "
-            f"device_memory {device_memory!r}, device {str(device)!r}"
-        )
     in_files = has_budget or plan is not None
     reader = CheckpointReader(directory)
     if "config.json" not in reader.file_names:
@@ -179,9 +174,18 @@ def from_pretrained(
 
 
 def _check_budgets(
-    device: torch.device, host_memory: int | str | None, device_memory: int | str | None
+    device: torch.device,
+    host_memory: int | str | None,
+    device_memory: int | str | None,
+    plan: Plan | None,
 ) -> None:
     """Before anything is read."""
+    has_budget = host_memory is not None or device_memory is not None
+    if plan is not None and (has_budget or device.type != "cpu"):
+        raise ValueError(
+            f"from_pretrained: plan: expected no budget and device 'cpu' beside it, got host_memory {host_memory!r}, "
+            f"device_memory {device_memory!r}, device {str(device)!r}"
+        )
     for name, size in (("host_memory", host_memory), ("device_memory", device_memory)):
         if size is not None:
             parse_nbytes(name, size)

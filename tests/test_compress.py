@@ -34,6 +34,20 @@ def tiny_llama(**changes) -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+def grouped_llama(
+    hidden: int, intermediate: int, *, vocabulary: int, tie: bool = True
+) -> nn.Module:
+    """With two heads for each key and value."""
+    return tiny_llama(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tie,
+    )
+
+
 INT8 = dcext.CompressionConfig(recipe="int8")
 INT8_ZSTD = dcext.CompressionConfig(recipe="int8", codec="zstd")
 

@@ -22,7 +22,7 @@ from dcext.runtime.placement import LEAST_SLOTS_NBYTES
 
 pytest.importorskip("transformers")
 
-from test_compress import tiny_llama
+from test_compress import grouped_llama
 
 CODECS = ("raw", "zstd", "packed")
 # Everything is streamed: room for what is not compressed, and the least to read into.
@@ -31,14 +31,7 @@ LEAST = LEAST_SLOTS_NBYTES + 200_000
 
 def model(tie: bool = True) -> nn.Module:
     """Some layers of one piece and, with embedding and ``lm_head``, some of many."""
-    return tiny_llama(
-        hidden_size=512,
-        intermediate_size=1536,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=16384,
-        tie_word_embeddings=tie,
-    )
+    return grouped_llama(512, 1536, vocabulary=16384, tie=tie)
 
 
 @pytest.fixture(scope="module")

@@ -139,16 +139,14 @@ def test_observations_correct_the_model():
     layer = units[1]
     plain = Predictor(machine)
     taken = {1: 2 * plain.compute_s(layer, "raw", 1), 512: 3 * plain.compute_s(layer, "raw", 512)}
-    seen = Observed(layer_s={(layer.kind, "raw"): taken}, other_s={1: 1e-3}, scale={1: 1.5})
+    seen = Observed(layer_s={(layer.kind, "raw"): taken}, other_s={1: 1e-3})
     corrected = Predictor(machine, observed=seen)
-    assert corrected.compute_s(layer, "raw", 1) == pytest.approx(1.5 * taken[1])
+    assert corrected.compute_s(layer, "raw", 1) == pytest.approx(taken[1])
     assert corrected.compute_s(layer, "raw", 2048) == pytest.approx(
-        1.5 * 3 * plain.compute_s(layer, "raw", 2048)
+        3 * plain.compute_s(layer, "raw", 2048)
     )
-    assert corrected.compute_s(layer, "zstd", 1) == pytest.approx(
-        1.5 * plain.compute_s(layer, "zstd", 1)
-    )
-    assert corrected.other_s(1) == pytest.approx(1.5e-3)
+    assert corrected.compute_s(layer, "zstd", 1) == pytest.approx(plain.compute_s(layer, "zstd", 1))
+    assert corrected.other_s(1) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))

@@ -33,6 +33,38 @@ SlowdownOption = Annotated[
     ),
 ]
 
+HostBudget = Annotated[
+    str | None, typer.Option(help="Memory for weights, such as 4GiB.", metavar="SIZE")
+]
+DeviceBudget = Annotated[
+    str | None,
+    typer.Option(help="The same on the device of a --machine that has one.", metavar="SIZE"),
+]
+MachineOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Plan for a machine that is not here: a file, or a preset (pcie3, pcie4, pcie5, nvlink-c2c, jetson, laptop).",
+        metavar="FILE",
+    ),
+]
+ShapesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of OUT, a model that is not here: opt-1.3b, opt-6.7b, opt-13b, llama-2-7b, llama-2-13b, llama-3-8b, "
+        "llama-2-70b.",
+        metavar="NAME",
+    ),
+]
+PlotOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Draw roofline and time over memory as PNG; - draws them here.", metavar="PNG"
+    ),
+]
+MeasureOption = Annotated[
+    bool, typer.Option(help="Time the plan, and with --plot others, beside what is predicted.")
+]
+
 
 def parse_mix(text: str) -> dict[int, float]:
     """Passes by tokens: of ``"1:200,512:1"``, or of ``"1"``.
@@ -138,42 +170,17 @@ def plan(
     folder: Annotated[
         str | None, typer.Argument(metavar="OUT", help="Folder that `dcext compress` wrote.")
     ] = None,
-    host_memory: Annotated[
-        str | None, typer.Option(help="Memory for weights, such as 4GiB.", metavar="SIZE")
-    ] = None,
-    device_memory: Annotated[
-        str | None,
-        typer.Option(help="The same on the device of a --machine that has one.", metavar="SIZE"),
-    ] = None,
+    host_memory: HostBudget = None,
+    device_memory: DeviceBudget = None,
     slowdown: SlowdownOption = None,
     tokens: MixOption = "1",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the plan here, for --plan.")
     ] = None,
-    machine: Annotated[
-        str | None,
-        typer.Option(
-            help="Plan for a machine that is not here: a file, or a preset (pcie3, pcie4, pcie5, nvlink-c2c, jetson, laptop).",
-            metavar="FILE",
-        ),
-    ] = None,
-    shapes: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of OUT, a model that is not here: opt-1.3b, opt-6.7b, opt-13b, llama-2-7b, llama-2-13b, llama-3-8b, "
-            "llama-2-70b.",
-            metavar="NAME",
-        ),
-    ] = None,
-    plot: Annotated[
-        str | None,
-        typer.Option(
-            help="Draw roofline and time over memory as PNG; - draws them here.", metavar="PNG"
-        ),
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option(help="Time the plan, and with --plot others, beside what is predicted.")
-    ] = False,
+    machine: MachineOption = None,
+    shapes: ShapesOption = None,
+    plot: PlotOption = None,
+    measure: MeasureOption = False,
     layers: Annotated[bool, typer.Option(help="Print every layer, not kinds of them.")] = False,
     as_json: JsonOption = False,
 ) -> None:

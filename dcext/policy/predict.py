@@ -87,14 +87,12 @@ class Observed:
         layer_s: seconds of a unit by its kind and codec, and number of tokens.
         other_s: seconds of a pass outside of layers, by number of tokens.
         threads: that there were then; None for all.
-        scale: by which computing has become slower since, by number of tokens.
         disk: what layers on the disk cost, by the memory that there is to read into; empty where nothing was read.
     """
 
     layer_s: dict[tuple[object, str], dict[int, float]] = field(default_factory=dict)
     other_s: dict[int, float] = field(default_factory=dict)
     threads: int | None = None
-    scale: dict[int, float] = field(default_factory=dict)
     disk: dict[int, ObservedDisk] = field(default_factory=dict)
 
 
@@ -191,21 +189,17 @@ class Predictor:
         return taken
 
     def compute_s(self, unit: Unit, codec: str, tokens: int) -> float:
-        """``modelled_s``, corrected by what was observed of units of its kind, and by what changed since."""
+        """``modelled_s``, corrected by what was observed of units of its kind."""
         observed = self.observed.layer_s.get((unit.kind, codec))
         modelled = self.modelled_s(unit, codec, tokens)
         if not observed:
-            return self.scale(tokens) * modelled
+            return modelled
         then = self.machine.device or self.machine.host_with(self.observed.threads)
         factors = {
             n: seconds / max(self.modelled_s(unit, codec, n, then), 1e-9)
             for n, seconds in observed.items()
         }
-        return self.scale(tokens) * modelled * _between(factors, tokens)
-
-    def scale(self, tokens: int) -> float:
-        """By which computing is slower than what was observed or measured."""
-        return _between(self.observed.scale, tokens) if self.observed.scale else 1.0
+        return modelled * _between(factors, tokens)
 
     def seconds(self, unit: Unit, tier: str, tokens: int) -> Seconds:
         """Seconds of each of ``RESOURCES``, ``(4,)``; not to be modified."""
@@ -251,7 +245,7 @@ class Predictor:
     def other_s(self, tokens: int) -> float:
         """Seconds of a pass outside of layers; 0 where nothing was observed."""
         known = self.observed.other_s
-        return self.scale(tokens) * interpolate(known, tokens) if known else 0.0
+        return interpolate(known, tokens) if known else 0.0
 
     def predict(self, units: Sequence[Unit], tiers: Mapping[str, str], tokens: int) -> Prediction:
         """A forward pass with each unit in its tier."""

@@ -284,7 +284,6 @@ class Adapter:
             layer_s=layer_s,
             other_s=other_s,
             threads=torch.get_num_threads(),
-            scale={},
         )
         # What passes took before layers were timed, less the layers: hooks are not part of it.
         new = replace(self._study, observed=corrected).predictor(self.plan.slots_nbytes)
