@@ -163,6 +163,23 @@ def test_reads_overlap_as_far_as_slots_allow():
     assert pass_s([1e-3, 2e-3], [0, 0], disk, piece) == pytest.approx(3e-3)
 
 
+@pytest.mark.parametrize("gbps", [0.05, 0.4, 1.5])
+def test_the_rate_of_the_disk_that_explains_a_pass(gbps):
+    units = drawn_units(np.random.default_rng(5), 12)
+    tiers = {unit.name: "disk/zstd" for unit in units}
+
+    def predictor(gbps: float) -> Predictor:
+        observed = Observed(disk={1 << 20: ObservedDisk(gbps, 2e-5)})
+        return Predictor(CPU, observed=observed, slots_nbytes=1 << 20)
+
+    seconds = predictor(gbps).predict(units, tiers, 1).pipelined_s
+    assert predictor(1.0).disk_gbps_of(units, tiers, 1, seconds) == pytest.approx(gbps, rel=1e-3)
+    # Passes that take no longer than computing tell that the disk is fast enough for that, and no more.
+    enough = predictor(1.0).disk_gbps_of(units, tiers, 512, 0.0)
+    faster = predictor(100 * enough).predict(units, tiers, 512).pipelined_s
+    assert faster >= predictor(enough).predict(units, tiers, 512).pipelined_s / 1.03
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Checkpoints of one model by codec."""
@@ -410,7 +427,7 @@ def test_the_plan_follows_the_machine(folders, machine):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        for _ in range(15):
+        for _ in range(24):
             assert torch.equal(logits(model), before)
         reasons = [look.reason for look in adapter.looks[looked:]]
         assert any(f"{threads + 1} threads instead of {threads}" in reason for reason in reasons)

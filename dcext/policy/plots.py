@@ -70,7 +70,7 @@ def roofs(predictor: Predictor) -> dict[str, list[float]]:
     sources = {"memory": processor.memory_gbps}
     if machine.link_gbps is not None:
         sources["link"] = machine.link_gbps
-    if predictor.disk_gbps is not None:
+    if predictor.disk is not None:
         sources["disk"] = predictor.disk_gbps
     return {
         f"{name}, {gbps:.1f} GB/s": [

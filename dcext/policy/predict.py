@@ -13,8 +13,9 @@ Python. For one layer of M int8 bytes, ratio r, link B_l and decode B_d these ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,10 @@ from dcext.policy.timeline import SLOTS, pass_s
 RESOURCES = ("compute", "link", "disk", "host")
 COMPUTE, LINK, DISK, HOST = range(len(RESOURCES))
 WAITS = 1.02  # a pass so much longer than its slowest resource waits for the disk
+DISK_RANGE, HALVINGS = (
+    64,
+    24,
+)  # times and parts of a disk's rate, in which another is looked for, and how often it is halved
 HOST_DECODE = "host/zstd, decoded there"
 # A read that nobody knew of ahead: what a disk of any speed takes to begin (NVMe 0.1 ms, network disks more).
 LOOKUP_LATENCY_S = 2e-4
@@ -136,27 +141,30 @@ class Predictor:
     ) -> None:
         """Args: slots_nbytes: memory to read layers into."""
         self.machine = machine
+        self.threads = threads
         self.slots_nbytes = slots_nbytes
         self.host = machine.host_with(threads)
         self.observed = observed or Observed()
         self._known: dict[tuple[object, ...], Seconds] = {}
 
     @property
-    def disk_gbps(self) -> float | None:
-        """As observed with the memory nearest to what there is to read into, else as measured."""
-        disk = self._observed_disk()
-        return self.machine.disk_gbps if disk is None else disk.gbps
-
-    def _observed_disk(self) -> ObservedDisk | None:
+    def disk(self) -> ObservedDisk | None:
+        """As observed with the memory nearest to what there is to read into, else as measured; None without one."""
         known = self.observed.disk
-        if not known:
-            return None
-        return known[min(known, key=lambda slots: abs(slots - self.slots_nbytes))]
+        if known:
+            return known[min(known, key=lambda slots: abs(slots - self.slots_nbytes))]
+        gbps = self.machine.disk_gbps
+        return None if gbps is None else ObservedDisk(gbps, 0.0)
+
+    @property
+    def disk_gbps(self) -> float:
+        """Of ``disk``; 0 without one."""
+        return 0.0 if self.disk is None else self.disk.gbps
 
     def tiers(self, unit: Unit) -> list[str]:
         """Where a unit can be: ``"memory/raw"``, ``"disk/zstd"`` .., or with a device ``"device/packed"``, ``"host/zstd"`` .."""
         on_disk = [f"disk/{unit.file_codec}"]
-        if unit.file_codec is None or self.disk_gbps is None:
+        if unit.file_codec is None or self.disk is None:
             on_disk = []
         if self.machine.device is None:
             return [*(f"memory/{codec}" for codec in unit.nbytes), *on_disk]
@@ -228,13 +236,13 @@ class Predictor:
         return taken
 
     def _add_disk(self, taken: Seconds, unit: Unit, nbytes: int, tokens: int) -> None:
-        disk_s = 1 / (self.disk_gbps * 1e9)  # type: ignore[operator]
+        disk = self.disk
+        assert disk is not None
+        disk_s = 1 / (disk.gbps * 1e9)
         verify_s = 1 / (self.machine.verify_gbps * 1e9) if self.machine.verify_gbps else 0.0
         checks = HOST if self.machine.device is not None else COMPUTE
         taken[DISK] += unit.multiplied * nbytes * disk_s
-        disk = self._observed_disk()
-        read_s = 0.0 if disk is None else disk.read_s
-        taken[checks] += unit.multiplied * (nbytes * verify_s + read_s)
+        taken[checks] += unit.multiplied * (nbytes * verify_s + disk.read_s)
         if unit.looked_up:
             # Nobody knows ahead which pieces: what runs waits for as many as tokens, drawn at random, fall into.
             pieces = -(-nbytes // (self.slots_nbytes // SLOTS))
@@ -260,6 +268,30 @@ class Predictor:
         resources = tuple(float(seconds) for seconds in total)
         return Prediction(tokens, other, resources, pipelined)
 
+    def disk_gbps_of(
+        self, units: Sequence[Unit], tiers: Mapping[str, str], tokens: int, seconds: float
+    ) -> float:
+        """The rate of the disk with which a pass is predicted to take so long; if it waits for no disk, the least such rate.
+
+        Raises:
+            ValueError: there is no disk.
+        """
+        known = self.disk
+        if known is None:
+            raise ValueError("disk_gbps_of: expected a machine with a disk, got one without")
+
+        def predicted_s(gbps: float) -> float:
+            observed = replace(self.observed, disk={self.slots_nbytes: replace(known, gbps=gbps)})
+            predictor = Predictor(self.machine, self.threads, observed, self.slots_nbytes)
+            return predictor.predict(units, tiers, tokens).pipelined_s
+
+        low, high = known.gbps / DISK_RANGE, known.gbps * DISK_RANGE
+        target = max(seconds, WAITS * predicted_s(high))
+        for _ in range(HALVINGS):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if predicted_s(middle) > target else (low, middle)
+        return high
+
     def _timeline_s(
         self, units: Sequence[Unit], tiers: Mapping[str, str], taken: Seconds, other: float
     ) -> float:
@@ -270,7 +302,7 @@ class Predictor:
         return pass_s(
             [float(compute[i]) for i in order],
             [read[i] for i in order],
-            float(self.disk_gbps or 0.0) * 1e9,
+            self.disk_gbps * 1e9,
             self.slots_nbytes // SLOTS,
         )
 

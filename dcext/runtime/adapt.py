@@ -6,7 +6,7 @@ import math
 import statistics
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,23 +16,22 @@ import torch
 from torch import nn
 
 from dcext.policy.decide import BudgetError
-from dcext.policy.machine import LAYER_CODECS, Machine
+from dcext.policy.machine import Machine
 from dcext.policy.plan import count_tokens
-from dcext.policy.predict import COMPUTE, Observed, ObservedDisk, Prediction, Unit
-from dcext.runtime.observe import Forward, LayerClock, Progress
+from dcext.policy.predict import Observed, ObservedDisk, Prediction
+from dcext.runtime.explore import Exploration, Seen
+from dcext.runtime.observe import Forward, Progress
 from dcext.runtime.passes import gate_of
 from dcext.runtime.placement import offload_of
 from dcext.runtime.planning import Study, checked_mix, study
 from dcext.runtime.retier import apply
-from dcext.runtime.weights import Weight, weights_of
+from dcext.runtime.weights import weights_of
 
-SEEN = 5  # passes that are looked back on
 DRIFT = 1.15  # a pass that takes so much longer or shorter than predicted calls for another look
+LARGE_DRIFT = 1.5
 PATIENCE = 3  # such passes one after the other
-REST = 6  # passes after a look, in which there is no other for the same cause; after one that moved nothing four times as
-TIRED = 4  # many as before: a machine whose speed wavers is not looked at for ever
-CLOCKED = 3  # passes in which layers are timed
-LEAST_OTHER = 0.2  # of what is not a layer, below which it is not corrected
+REST = 6  # passes after a look, in which there is no other for the same cause; after each that moved nothing four times as
+TIRED = 4  # many: a machine whose speed wavers is not looked at for ever. For large drifts one such look is forgiven
 GAIN = 0.03  # of the time of a pass, for which layers are moved
 STALLED = 0.1  # share of a pass spent waiting from which the disk is what binds
 
@@ -60,11 +59,20 @@ class Look:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Drift:
+    """What is not as predicted: by how much, at least 1, and in words."""
+
+    factor: float
+    reason: str
+
+
 class Adapter:
     """What ``adapt`` returns. Works between passes, in the thread that ran the pass.
 
-    It watches the time of passes. When that drifts from what was predicted, a few layers get codecs that no other of their
-    kind has, layers are timed for a few passes, times are corrected, and the plan is made anew.
+    It watches the time of passes. Where they wait for the disk and that drifts from what was predicted, the rate of the disk
+    that explains it is taken. Where computing drifts, a few layers get codecs that no other of their kind has, and layers
+    are timed for a few passes. Then the plan is made anew.
 
     Attributes:
         plan: that is in force.
@@ -76,14 +84,15 @@ class Adapter:
         """Plans, moves the layers, and begins to watch. See ``adapt``."""
         self._model = model
         self._study = studied
+        self._first_disk = dict(studied.observed.disk)
         self._options = dict(options)
         self._weights = weights_of(model)
-        self._clock = LayerClock(self._weights)
         self.looks: list[Look] = []
         self.passes = 0
-        self._rest = dict.fromkeys(("threads", "compute", "disk"), REST)
-        self._rested = dict.fromkeys(self._rest, 0)  # the pass from which on there may be a look
+        self._unmoved = dict.fromkeys(("threads", "compute", "disk"), 0)
+        self._looked = dict.fromkeys(self._unmoved, -REST)
         self._busy = threading.Lock()
+        self._threads = torch.get_num_threads()  # that were known of when layers were last timed
         self.plan = studied.plan(**self._options)
         apply(model, self.plan)
         self._begin_anew()
@@ -93,30 +102,28 @@ class Adapter:
     def stop(self) -> None:
         """Watches no more; the plan stays."""
         self._gate.listener = None
-        self._clock.stop()
+        if self._exploration is not None:
+            self._exploration.stop()
 
     def _begin_anew(self) -> None:
         """After a look: what is predicted now, and nothing seen of it yet."""
-        self._threads = torch.get_num_threads()
         self._predictor = self._study.predictor(self.plan.slots_nbytes)
         self._predicted: dict[int, Prediction] = {}
-        self._computed: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN))
-        self._disk: deque[float] = deque(maxlen=SEEN)
-        self._cause, self._reason, self._length = "", "", 0
-        self._clocked: list[dict[str, float]] = []
+        self._seen: dict[int, deque[Seen]] = defaultdict(lambda: deque(maxlen=PATIENCE))
         self._drifted = 0
-        self._since = 0
-        self._counts = self._stream_counts()
+        self._exploration: Exploration | None = None
+        self._why = ("", "")  # cause and reason of the exploration
+        self._stalled_s = self._stall_s()
 
-    def _stream_counts(self) -> dict[str, Any]:
+    def _stall_s(self) -> float:
+        """Seconds in which layers have waited since their stream was made."""
         offload = offload_of(self._model)
         stream = None if offload is None else offload.stream
-        return {} if stream is None else stream.native.statistics()
+        return 0.0 if stream is None else float(stream.native.statistics()["stall_s"])
 
     def _after_pass(self, tokens: int, seconds: float) -> None:
-        if self._busy.acquire(
-            blocking=False
-        ):  # one of several threads that run the model is enough
+        # One of several threads that run the model is enough.
+        if self._busy.acquire(blocking=False):
             try:
                 self._see_pass(tokens, seconds)
             finally:
@@ -124,34 +131,36 @@ class Adapter:
 
     def _see_pass(self, tokens: int, seconds: float) -> None:
         self.passes += 1
-        self._since += 1
-        if self._reason:
-            self._see_layers(tokens)
+        before, self._stalled_s = self._stalled_s, self._stall_s()
+        seen = Seen(seconds, min(max(self._stalled_s - before, 0.0), seconds))
+        if self._exploration is not None:
+            if self._exploration.see(tokens, seen):
+                cause, reason = self._why
+                found = self._exploration.observed(self._study, self._predictor)
+                self._look(cause, reason, found)
             return
-        before, self._counts = self._counts, self._stream_counts()
-        stalled = self._see_disk(before, seconds)
-        self._computed[tokens].append(max(seconds - stalled, 1e-9))
+        self._seen[tokens].append(seen)
         drifts = self._drifts(tokens)
-        due = [cause for cause in drifts if self.passes >= self._rested[cause]]
+        due = [cause for cause, drift in drifts.items() if self._is_due(cause, drift)]
         self._drifted = self._drifted + 1 if due else 0
-        if self._drifted >= PATIENCE:
-            self._since = 0
-            self._cause, self._reason, self._length = due[0], drifts[due[0]], tokens
-            self._explore()
-            self._clock.take()
-            self._clock.start()
+        if self._drifted < PATIENCE:
+            return
+        cause, reason = due[0], drifts[due[0]].reason
+        if cause == "disk":
+            self._look(cause, reason, self._with_disk_of(tokens))
+            return
+        room = math.inf
+        if self.plan.host_memory is not None:
+            room = self.plan.host_memory - self.plan.host_nbytes
+        self._why = cause, reason
+        self._threads = torch.get_num_threads()
+        with self._gate.between_passes():
+            self._exploration = Exploration(self._weights, self._study.units, tokens, room)
 
-    def _see_disk(self, before: Mapping[str, Any], seconds: float) -> float:
-        """Seconds in which the pass waited; remembers what the disk gave if that can be told."""
-        after = self._counts
-        if not before or not after:
-            return 0.0
-        stalled = min(max(after["stall_s"] - before["stall_s"], 0.0), seconds)
-        rate = (after["used_nbytes"] - before["used_nbytes"]) / seconds
-        known = (self._predictor.disk_gbps or 0.0) * 1e9
-        # Reads that nobody waits for show only that the disk gives no less.
-        self._disk.append(rate if stalled > STALLED * seconds else max(rate, known))
-        return stalled
+    def _is_due(self, cause: str, drift: Drift) -> bool:
+        forgiven = int(drift.factor > LARGE_DRIFT)
+        rest = REST * TIRED ** max(self._unmoved[cause] - forgiven, 0)
+        return self.passes >= self._looked[cause] + rest
 
     def _prediction(self, tokens: int) -> Prediction:
         if tokens not in self._predicted:
@@ -159,75 +168,48 @@ class Adapter:
             self._predicted[tokens] = self._predictor.predict(self._study.units, tiers, tokens)
         return self._predicted[tokens]
 
-    def _drifts(self, tokens: int) -> dict[str, str]:
-        """What is not as predicted, in words, by its cause."""
+    def _drifts(self, tokens: int) -> dict[str, Drift]:
+        """What is not as predicted, by its cause."""
         found = {}
         threads = torch.get_num_threads()
         if threads != self._threads:
-            found["threads"] = f"{threads} threads instead of {self._threads}"
-        computed = list(self._computed[tokens])[-PATIENCE:]
-        if len(computed) == PATIENCE:
-            ratio = statistics.median(computed) / self._prediction(tokens).resources_s[COMPUTE]
-            if abs(math.log(ratio)) > math.log(DRIFT):
-                found["compute"] = (
-                    f"passes of {count_tokens(tokens)} compute for {ratio:.2f} times as long as predicted"
-                )
-        rates, known = list(self._disk)[-PATIENCE:], self._predictor.disk_gbps
-        if len(rates) == PATIENCE and known:
-            rate = statistics.median(rates) / 1e9
-            if abs(math.log(rate / known)) > math.log(DRIFT):
-                found["disk"] = f"the disk gives {rate:.2f} GB/s instead of {known:.2f}"
+            reason = f"{threads} threads instead of {self._threads}"
+            found["threads"] = Drift(math.inf, reason)
+        recent = self._seen[tokens]
+        if len(recent) == PATIENCE:
+            seconds = statistics.median(seen.seconds for seen in recent)
+            waits = statistics.median(seen.stalled_s / seen.seconds for seen in recent) > STALLED
+            predicted = self._prediction(tokens)
+            ratio = seconds / predicted.pipelined_s
+            reason = f"passes of {count_tokens(tokens)} take {ratio:.2f} times as long as predicted"
+            if max(ratio, 1 / ratio) > DRIFT:
+                # Computing that takes shorter or longer beside the disk does not show while it is waited for.
+                is_disk = waits or (ratio < 1 and predicted.binds == "disk")
+                reason += ", waiting for the disk" if waits else ""
+                found["disk" if is_disk else "compute"] = Drift(max(ratio, 1 / ratio), reason)
         return found
 
-    def _explore(self) -> None:
-        """Gives one layer of each kind every codec that none has in memory, as far as the budget allows."""
-        room = math.inf
-        if self.plan.host_memory is not None:
-            room = self.plan.host_memory - self.plan.host_nbytes
-        by_kind: dict[object, list[tuple[Weight, Unit]]] = defaultdict(list)
-        for weight, unit in zip(self._weights, self._study.units, strict=True):
-            if weight.tier.startswith("memory/"):
-                by_kind[unit.kind].append((weight, unit))
-        changes = []
-        for members in by_kind.values():
-            codecs = Counter(weight.module.codec for weight, _ in members)
-            for codec in LAYER_CODECS:
-                weight, unit = members[-1]
-                taken = unit.nbytes[codec] - weight.module.payload.nbytes
-                if codec in codecs or codecs[weight.module.codec] == 1 or taken > room:
-                    continue
-                codecs[weight.module.codec] -= 1
-                room -= max(taken, 0)
-                changes.append((weight, weight.payload(codec)))
-                members.pop()
-        with self._gate.between_passes():
-            for weight, payload in changes:
-                weight.rest_in_memory(payload)
-
-    def _see_layers(self, tokens: int) -> None:
-        """Of a pass while layers are timed; after some, the look."""
-        taken = self._clock.take()
-        if tokens == self._length:
-            self._clocked.append(taken)
-        if len(self._clocked) < CLOCKED and self._since < 8 * CLOCKED:
-            return
-        self._clock.stop()
-        self._look()
-
-    def _look(self) -> None:
-        """Corrects times by what was seen, plans, and moves layers if that gains enough."""
-        begin = time.perf_counter()
-        rates = list(self._disk)[-PATIENCE:]
+    def _with_disk_of(self, tokens: int) -> Observed:
+        """What is known, with the rate of the disk that explains the passes that were just seen."""
+        seconds = statistics.median(seen.seconds for seen in self._seen[tokens])
         observed = self._study.observed
-        if self._clocked:
-            observed = self._corrected(self._length)
-        known = self._predictor.disk_gbps
-        if rates and known:
-            ratio = statistics.median(rates) / 1e9 / known
-            disk = {n: replace(d, gbps=ratio * d.gbps) for n, d in observed.disk.items()}
-            observed = replace(
-                observed, disk=disk or {self.plan.slots_nbytes: ObservedDisk(ratio * known, 0.0)}
+        slots = self.plan.slots_nbytes
+        rate = self._predictor.disk_gbps_of(self._study.units, self.plan.tiers, tokens, seconds)
+        first = self._first_disk or {slots: ObservedDisk(self._predictor.disk_gbps, 0.0)}
+        then = first[min(first, key=lambda n: abs(n - slots))].gbps
+        # A slower disk bounds reads of any size; a faster one is so in proportion.
+        disk = {
+            n: replace(
+                observed.disk.get(n, known),
+                gbps=min(known.gbps, rate) if rate < then else known.gbps * rate / then,
             )
+            for n, known in first.items()
+        }
+        return replace(observed, disk=disk)
+
+    def _look(self, cause: str, reason: str, observed: Observed) -> None:
+        """Plans by what was observed, and moves layers if that gains enough."""
+        begin = time.perf_counter()
         self._study = replace(self._study, observed=observed)
         try:
             found = self._study.plan(**self._options, quick=True)
@@ -244,54 +226,10 @@ class Adapter:
             self.plan = found
         apply(self._model, self.plan)  # also ends the exploration
         seconds = time.perf_counter() - begin
-        look = Look(self.passes, self._cause, self._reason, before_s, found.seconds, moved, seconds)
-        self.looks.append(look)
-        self._rest[self._cause] = REST if moved else TIRED * self._rest[self._cause]
-        self._rested[self._cause] = self.passes + self._rest[self._cause]
+        self.looks.append(Look(self.passes, cause, reason, before_s, found.seconds, moved, seconds))
+        self._unmoved[cause] = 0 if moved else self._unmoved[cause] + 1
+        self._looked[cause] = self.passes
         self._begin_anew()
-
-    def _corrected(self, tokens: int) -> Observed:
-        """Times of layers as they were seen; those of codecs that were not seen, in proportion."""
-        old = self._study.predictor(self.plan.slots_nbytes)
-        units = self._study.units
-        seen: dict[tuple[object, str], list[float]] = defaultdict(list)
-        for weight, unit in zip(self._weights, units, strict=True):
-            taken = [clocked[unit.name] for clocked in self._clocked if unit.name in clocked]
-            if taken and weight.tier.startswith("memory/"):
-                expected = old.compute_s(unit, weight.module.codec, tokens)
-                ratio = statistics.median(taken) / max(expected, 1e-9)
-                seen[unit.kind, weight.module.codec].append(ratio)
-        if not seen:
-            return self._study.observed
-        ratios = {key: statistics.median(values) for key, values in seen.items()}
-        typical = {
-            codec: statistics.median([r for (_, c), r in ratios.items() if c == codec] or [0.0])
-            for codec in LAYER_CODECS
-        }
-        overall = statistics.median(ratios.values())
-        lengths = {*old.observed.other_s, tokens}
-        layer_s: dict[tuple[object, str], dict[int, float]] = {}
-        for unit in {unit.kind: unit for unit in units}.values():
-            for codec in LAYER_CODECS:
-                ratio = ratios.get((unit.kind, codec)) or typical[codec] or overall
-                layer_s[unit.kind, codec] = {
-                    n: old.compute_s(unit, codec, n) * (ratio if n == tokens else 1.0)
-                    for n in lengths
-                }
-        other_s = {n: old.other_s(n) for n in lengths}
-        corrected = replace(
-            old.observed,
-            layer_s=layer_s,
-            other_s=other_s,
-            threads=torch.get_num_threads(),
-        )
-        # What passes took before layers were timed, less the layers: hooks are not part of it.
-        new = replace(self._study, observed=corrected).predictor(self.plan.slots_nbytes)
-        layers = new.predict(units, self.plan.tiers, tokens)
-        computed = statistics.median(list(self._computed[tokens])[-PATIENCE:])
-        rest = computed - (layers.resources_s[COMPUTE] - layers.other_s)
-        other_s[tokens] = max(rest, LEAST_OTHER * other_s[tokens], 1e-6)
-        return replace(corrected, other_s=other_s)
 
 
 def adapt(
