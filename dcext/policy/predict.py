@@ -77,7 +77,8 @@ class ObservedDisk:
 
     Attributes:
         gbps: that reading them gives.
-        read_s: by how much each is slower though the disk keeps up: threads wake, processors are shared.
+        read_s: seconds that each read, of a slot or less, costs who computes though the disk keeps up: threads wake, processors
+            are shared.
     """
 
     gbps: float
@@ -161,6 +162,10 @@ class Predictor:
         """Of ``disk``; 0 without one."""
         return 0.0 if self.disk is None else self.disk.gbps
 
+    def pieces(self, nbytes: int) -> int:
+        """Reads that so many bytes of a layer take."""
+        return -(-nbytes // (self.slots_nbytes // SLOTS))
+
     def tiers(self, unit: Unit) -> list[str]:
         """Where a unit can be: ``"memory/raw"``, ``"disk/zstd"`` .., or with a device ``"device/packed"``, ``"host/zstd"`` .."""
         on_disk = [f"disk/{unit.file_codec}"]
@@ -242,10 +247,10 @@ class Predictor:
         verify_s = 1 / (self.machine.verify_gbps * 1e9) if self.machine.verify_gbps else 0.0
         checks = HOST if self.machine.device is not None else COMPUTE
         taken[DISK] += unit.multiplied * nbytes * disk_s
-        taken[checks] += unit.multiplied * (nbytes * verify_s + disk.read_s)
+        pieces = self.pieces(nbytes)
+        taken[checks] += unit.multiplied * (nbytes * verify_s + pieces * disk.read_s)
         if unit.looked_up:
             # Nobody knows ahead which pieces: what runs waits for as many as tokens, drawn at random, fall into.
-            pieces = -(-nbytes // (self.slots_nbytes // SLOTS))
             touched = 1 - (1 - 1 / pieces) ** tokens
             waited = LOOKUP_LATENCY_S + touched * nbytes * (disk_s + verify_s)
             taken[COMPUTE] += unit.looked_up * waited

@@ -23,7 +23,7 @@ from dcext.runtime.explore import Exploration, Seen
 from dcext.runtime.observe import Forward, Progress
 from dcext.runtime.passes import gate_of
 from dcext.runtime.placement import offload_of
-from dcext.runtime.planning import Study, checked_mix, study
+from dcext.runtime.planning import STALLED, Study, checked_mix, study
 from dcext.runtime.retier import apply
 from dcext.runtime.weights import weights_of
 
@@ -33,7 +33,6 @@ PATIENCE = 3  # such passes one after the other
 REST = 6  # passes after a look, in which there is no other for the same cause; after each that moved nothing four times as
 TIRED = 4  # many: a machine whose speed wavers is not looked at for ever. For large drifts one such look is forgiven
 GAIN = 0.03  # of the time of a pass, for which layers are moved
-STALLED = 0.1  # share of a pass spent waiting from which the disk is what binds
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ class Exploration:
     def _reads(
         self, study: Study, observed: Observed, old: Predictor, taken: Mapping[str, float]
     ) -> dict[int, ObservedDisk]:
-        """What it costs to read a layer though the disk keeps up: what is left of the layers that were read."""
+        """What reads cost though the disk keeps up: what is left of the layers that were read."""
         streamed = [
             unit
             for weight, unit in zip(self._weights, self._units, strict=True)
@@ -168,5 +168,6 @@ class Exploration:
         expected = sum(float(seconds(u, f"disk/{u.file_codec}", tokens)[COMPUTE]) for u in streamed)
         waited = statistics.median(self._stalled)
         left = sum(taken[unit.name] for unit in streamed) - waited - expected
-        read_s = max(left, 0.0) / sum(unit.multiplied for unit in streamed)
+        reads = sum(u.multiplied * old.pieces(u.nbytes[u.file_codec or ""]) for u in streamed)
+        read_s = max(left, 0.0) / reads
         return {n: replace(disk, read_s=read_s) for n, disk in without.items()}

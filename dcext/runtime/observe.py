@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from dcext.codec import encode, payload_info
 from dcext.nn.embedding import DCEmbedding
 from dcext.policy.machine import LAYER_CODECS
-from dcext.policy.predict import Observed, ObservedDisk, Unit, place_and_codec
+from dcext.policy.predict import Observed, Unit, place_and_codec
 from dcext.runtime.host_stream import HostStream
 from dcext.runtime.retier import retier
 from dcext.runtime.weights import Weight
@@ -26,7 +27,6 @@ PASSES, PASSES_AT_MOST = 3, 12
 SECONDS_OF_A_LENGTH = 1.0  # in each rotation; more passes than three only so long
 DISK_READS_NBYTES, DISK_LOOKS = 512 << 20, 3
 FEW = 4  # one in so many layers is read from the disk, to see what that costs if the disk keeps up
-BOUND = 1.1  # a pass so much longer than what it computes waits for the disk
 Forward = Callable[[int], object]
 Progress = Callable[[str, float], None]
 
@@ -267,68 +267,72 @@ def observe_disk(weights: Sequence[Weight], slots_nbytes: int) -> float | None:
         stream.close()
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """Passes of a model of which some layers are read from the disk.
+
+    Attributes:
+        names: of the weights there.
+        seconds: of a pass.
+        stalled_s: of those, in which a layer waited for a read.
+    """
+
+    names: list[str]
+    seconds: float
+    stalled_s: float
+
+
 @torch.inference_mode()
 def observe_streaming(
     model: nn.Module,
     weights: Sequence[Weight],
     tokens: int,
     forward: Forward,
-    verify_gbps: float,
     slots_nbytes: int,
-) -> ObservedDisk | None:
-    """What layers on the disk cost a pass of a real model, of which no layer is on the disk now.
-
-    A few layers there show by how much each is slower though the disk keeps up; all of them, what the disk gives while
-    processors compute, if it is then what the pass waits for.
+) -> list[Streamed]:
+    """Passes of a model without layers on the disk, with a few, and with all of them there.
 
     Args:
-        model: it is as before afterwards.
+        model: it is as before afterwards; no layer is on the disk now.
         weights: all of it.
         tokens: of a pass; the fewer, the less time there is to hide reads.
         forward: runs a pass.
-        verify_gbps: comparing bytes with their checksums.
         slots_nbytes: memory to read into; with less of it, reads are smaller and more.
-
-    Returns:
-        None where no layer is in a file.
     """
-    free_gbps = observe_disk(weights, slots_nbytes)
-    if free_gbps is None:
-        return None
     before = {weight.name: weight.tier for weight in weights}
     kept = [(weight, weight.module.payload) for weight in weights]
     layers = [weight for weight in weights if weight.origin is not None and not weight.is_looked_up]
-
-    def with_disk(streamed: Sequence[Weight]) -> tuple[float, float]:
-        """Seconds of a pass, and bytes that it reads."""
-        tiers = before | {weight.name: f"disk/{weight.file_codec}" for weight in streamed}
-        retier(model, list(weights), tiers, slots_nbytes)
-        return pass_seconds(forward, tokens), sum(weight.nbytes for weight in streamed)
-
+    found = []
     try:
-        plain_s, _ = with_disk([])
-        few = layers[FEW // 2 :: FEW] or layers
-        few_s, few_nbytes = with_disk(few)
-        slower = few_s - plain_s - few_nbytes / (verify_gbps * 1e9)
-        hidden = few_nbytes / (free_gbps * 1e9) < few_s
-        read_s = max(slower, 0.0) / len(few) if hidden else 0.0
-        all_s, all_nbytes = with_disk(layers)
-        computed_s = plain_s + len(layers) * read_s + all_nbytes / (verify_gbps * 1e9)
-        waits = all_s > BOUND * computed_s
-        return ObservedDisk(all_nbytes / all_s / 1e9 if waits else free_gbps, read_s)
+        for streamed in ([], layers[FEW // 2 :: FEW] or layers, layers):
+            tiers = before | {weight.name: f"disk/{weight.file_codec}" for weight in streamed}
+            stream = retier(model, list(weights), tiers, slots_nbytes).stream
+            forward(tokens)
+            stalled_s = 0.0 if stream is None else stream.statistics().stall_s
+            taken = pass_times(forward, tokens)
+            if stream is not None:
+                stalled_s = (stream.statistics().stall_s - stalled_s) / len(taken)
+            names = [weight.name for weight in streamed]
+            found.append(Streamed(names, statistics.median(taken), stalled_s))
     finally:
         for weight, payload in kept:
             weight.rest_in_memory(payload)
         retier(model, list(weights), before, slots_nbytes)
+    return found
 
 
-def pass_seconds(forward: Forward, tokens: int) -> float:
-    """Seconds of a pass, the median of several after one that is not counted."""
-    forward(tokens)
+def pass_times(forward: Forward, tokens: int) -> list[float]:
+    """Seconds of several passes."""
     taken: list[float] = []
     end = time.perf_counter() + SECONDS_OF_A_LENGTH
     while len(taken) < PASSES or (time.perf_counter() < end and len(taken) < 4 * PASSES_AT_MOST):
         begin = time.perf_counter()
         forward(tokens)
         taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
+    return taken
+
+
+def pass_seconds(forward: Forward, tokens: int) -> float:
+    """Seconds of a pass, the median of several after one that is not counted."""
+    forward(tokens)
+    return statistics.median(pass_times(forward, tokens))

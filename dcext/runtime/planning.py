@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +14,13 @@ from dcext.policy.decide import Budget, BudgetError, Decider, travel_nbytes
 from dcext.policy.machine import Machine, load_machine
 from dcext.policy.measure import tune
 from dcext.policy.plan import Plan
-from dcext.policy.predict import Observed, ObservedDisk, Predictor, Unit
+from dcext.policy.predict import COMPUTE, Observed, ObservedDisk, Predictor, Unit
 from dcext.policy.presets import preset
 from dcext.runtime.budget import format_nbytes, free_memory, parse_nbytes
 from dcext.runtime.observe import (
     Forward,
     Progress,
+    Streamed,
     describe,
     forward_of,
     observe,
@@ -32,6 +33,7 @@ from dcext.runtime.weights import weights_of
 # Where memory is scarce, less to read into leaves more for layers.
 SMALL_SLOTS_NBYTES = 2 << 20
 FREE_SHARE = 0.8  # of free memory, what an automatic plan takes
+STALLED = 0.1  # share of a pass spent waiting from which the disk is what binds
 DESCRIBING, OBSERVING = 0.5, 0.5  # shares of the work
 
 
@@ -159,18 +161,59 @@ def study(
         observed = observe(
             weights, units, lengths, forward, lambda what, share: report(what, OBSERVING * share)
         )
+        studied = Study(units, found, observed, 0)
         for slots in (SLOTS_NBYTES, SMALL_SLOTS_NBYTES):
-            disk: ObservedDisk | None
-            if any(weight.module.is_in_file for weight in weights):
-                gbps = observe_disk(weights, slots)
-                disk = None if gbps is None else ObservedDisk(gbps, 0.0)
-            else:
-                verify_gbps = found.verify_gbps or math.inf
-                disk = observe_streaming(model, weights, min(lengths), forward, verify_gbps, slots)
-            if disk is not None:
-                observed.disk[slots] = disk
+            gbps = observe_disk(weights, slots)
+            if gbps is None:
+                continue
+            observed.disk[slots] = ObservedDisk(gbps, 0.0)
+            if not any(weight.module.is_in_file for weight in weights):
+                tokens = min(lengths)
+                passes = observe_streaming(model, weights, tokens, forward, slots)
+                tiers = {weight.name: weight.tier for weight in weights}
+                observed.disk[slots] = _disk_of(studied, slots, tokens, tiers, passes)
     resident = sum(w.module.payload.nbytes for w in weights if not w.module.is_in_file)
     return Study(units, found, observed, other_nbytes(model), resident)
+
+
+def _disk_of(
+    studied: Study,
+    slots_nbytes: int,
+    tokens: int,
+    tiers: Mapping[str, str],
+    passes: list[Streamed],
+) -> ObservedDisk:
+    """What reads cost who computes, from what passes with layers on the disk take longer; and the rate, if they wait for it.
+
+    Args:
+        studied: what is known; of the disk the rate at which nobody computes.
+        slots_nbytes: that there were to read into.
+        tokens: of the passes.
+        tiers: of the layers that were in memory.
+        passes: the first of them with all layers in memory.
+    """
+    predictor = studied.predictor(slots_nbytes)
+    units = {unit.name: unit for unit in studied.units}
+    plain = passes[0]
+    costs, reads = 0.0, 0
+    for found in passes[1:]:
+        there = [units[name] for name in found.names]
+        verified = sum(u.multiplied * u.nbytes[u.file_codec or ""] for u in there)
+        costs += found.seconds - found.stalled_s - plain.seconds
+        costs -= verified / 1e9 / (studied.machine.verify_gbps or math.inf)
+        reads += sum(u.multiplied * predictor.pieces(u.nbytes[u.file_codec or ""]) for u in there)
+    read_s = max(costs, 0.0) / max(reads, 1)
+    disk = replace(studied.observed.disk[slots_nbytes], read_s=read_s)
+    last = passes[-1]
+    if last.stalled_s > STALLED * last.seconds:
+        observed = replace(studied.observed, disk={slots_nbytes: disk})
+        predictor = replace(studied, observed=observed).predictor(slots_nbytes)
+        tiers = {**tiers, **{name: f"disk/{units[name].file_codec}" for name in last.names}}
+        # Compared with what is predicted without waiting, not with the clock, which was taken at another time.
+        computed = predictor.predict(studied.units, tiers, tokens).resources_s[COMPUTE]
+        seconds = computed * last.seconds / (last.seconds - last.stalled_s)
+        disk = replace(disk, gbps=predictor.disk_gbps_of(studied.units, tiers, tokens, seconds))
+    return disk
 
 
 def study_of_units(
