@@ -169,7 +169,7 @@ def test_the_rate_of_the_disk_that_explains_a_pass(gbps):
     tiers = {unit.name: "disk/zstd" for unit in units}
 
     def predictor(gbps: float) -> Predictor:
-        observed = Observed(disk={1 << 20: ObservedDisk(gbps, 2e-5)})
+        observed = Observed(disk={1 << 20: ObservedDisk(gbps, 1e-6)})
         return Predictor(CPU, observed=observed, slots_nbytes=1 << 20)
 
     seconds = predictor(gbps).predict(units, tiers, 1).pipelined_s
