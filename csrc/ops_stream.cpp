@@ -12,10 +12,18 @@
 namespace dcext {
 namespace {
 
-// A slot is a huge page, where there is memory for so many of them that reading ahead goes on while some are in use.
+// A slot is a huge page, where there is memory for so many of them that reading ahead goes on while some are in use. Where
+// memory is scarce, rather a few slots than small ones: a read costs who computes 0.1 ms, however small it is.
 constexpr int64_t kSlotNbytes = int64_t{2} << 20;
 constexpr int64_t kGoodSlots = 16;
+constexpr int64_t kSmallSlotNbytes = int64_t{512} << 10;
+constexpr int64_t kFewSlots = 4;
 constexpr int64_t kPage = 4096;
+
+int64_t slot_nbytes_of(int64_t slots_nbytes) {
+  const int64_t small = std::min(kSmallSlotNbytes, slots_nbytes / kFewSlots);
+  return std::min(kSlotNbytes, std::max(slots_nbytes / kGoodSlots, small)) / kPage * kPage;
+}
 
 struct Handles {
   std::mutex mutex;
@@ -51,8 +59,7 @@ HostStream::HostStream(const std::vector<std::string>& paths, const std::vector<
     raise_if_failed((std::string(kOp) + ": " + path).c_str(), bad);
   }
   std::vector<std::vector<Piece>> units;
-  const int64_t piece_nbytes =
-      std::min(kSlotNbytes, slots_nbytes / kGoodSlots / kPage * kPage) - ReadSource::kSlackNbytes;
+  const int64_t piece_nbytes = slot_nbytes_of(slots_nbytes) - ReadSource::kSlackNbytes;
   for (const Source& source : sources) {
     TORCH_CHECK_VALUE(0 <= source.file && source.file < static_cast<int64_t>(paths.size()), kOp,
                       ": file: expected an index in [0, ", paths.size(), "), got ", source.file);

@@ -23,8 +23,9 @@ from dcext.policy.decide import Budget, BudgetError, Decider
 from dcext.policy.machine import PROJECTED, Machine, Processor
 from dcext.policy.plan import Plan, load_plan
 from dcext.policy.predict import Observed, ObservedDisk, Predictor, Unit
-from dcext.policy.timeline import SLOTS, pass_s
+from dcext.policy.timeline import SLOTS, pass_s, slots_of
 from dcext.runtime.adapt import Adapter
+from dcext.runtime.host_stream import HostStream
 from dcext.runtime.observe import describe, forward_of
 from dcext.runtime.placement import LEAST_SLOTS_NBYTES, other_nbytes
 from dcext.runtime.planning import Study
@@ -153,14 +154,27 @@ def test_a_budget_that_nothing_fits_says_by_how_much():
 
 def test_reads_overlap_as_far_as_slots_allow():
     piece, disk = 1 << 20, 2e9
-    even = pass_s([1e-3] * 20, [piece] * 20, disk, piece)
+    slots = SLOTS * piece
+    even = pass_s([1e-3] * 20, [piece] * 20, disk, slots)
     assert even == pytest.approx(20e-3)  # computing hides the disk
-    slow = pass_s([1e-4] * 20, [piece] * 20, disk, piece)
+    slow = pass_s([1e-4] * 20, [piece] * 20, disk, slots)
     assert slow == pytest.approx(20 * piece / disk, rel=0.1)  # the disk binds
     # As many bytes in the last layer: slots hold so much of it, the rest is waited for.
-    last = pass_s([1e-3] * 19 + [1e-4], [0] * 19 + [40 * piece], disk, piece)
+    last = pass_s([1e-3] * 19 + [1e-4], [0] * 19 + [40 * piece], disk, slots)
     assert last == pytest.approx(19e-3 + (40 - SLOTS) * piece / disk, rel=0.02)
-    assert pass_s([1e-3, 2e-3], [0, 0], disk, piece) == pytest.approx(3e-3)
+    assert pass_s([1e-3, 2e-3], [0, 0], disk, slots) == pytest.approx(3e-3)
+
+
+def test_slots_are_those_of_streams(folders):
+    weights = weights_of(dcext.from_pretrained(folders["packed"]))
+    origins = {weight.name: weight.origin for weight in weights}
+    for nbytes in (1 << 20, 2 << 20, 3_000_000, 4 << 20, 8 << 20, 16 << 20, 100 << 20):
+        count, slot_nbytes = slots_of(nbytes)
+        slot_nbytes = slot_nbytes // 4096 * 4096
+        stream = HostStream(origins, nbytes)
+        assert stream.slots_nbytes == nbytes // slot_nbytes * slot_nbytes
+        assert count <= nbytes // slot_nbytes
+        stream.close()
 
 
 @pytest.mark.parametrize("gbps", [0.05, 0.4, 1.5])

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcext.policy.machine import Machine, Processor, Table, interpolate
-from dcext.policy.timeline import SLOTS, pass_s
+from dcext.policy.timeline import pass_s, slots_of
 
 RESOURCES = ("compute", "link", "disk", "host")
 COMPUTE, LINK, DISK, HOST = range(len(RESOURCES))
@@ -164,7 +164,7 @@ class Predictor:
 
     def pieces(self, nbytes: int) -> int:
         """Reads that so many bytes of a layer take."""
-        return -(-nbytes // (self.slots_nbytes // SLOTS))
+        return -(-nbytes // slots_of(self.slots_nbytes)[1])
 
     def tiers(self, unit: Unit) -> list[str]:
         """Where a unit can be: ``"memory/raw"``, ``"disk/zstd"`` .., or with a device ``"device/packed"``, ``"host/zstd"`` .."""
@@ -308,7 +308,7 @@ class Predictor:
             [float(compute[i]) for i in order],
             [read[i] for i in order],
             self.disk_gbps * 1e9,
-            self.slots_nbytes // SLOTS,
+            self.slots_nbytes,
         )
 
 

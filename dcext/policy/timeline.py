@@ -14,12 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SLOTS = 16  # csrc/ops_stream.cpp: kGoodSlots
+SLOTS, FEW_SLOTS = 16, 4
+SLOT_NBYTES, SMALL_SLOT_NBYTES = 2 << 20, 512 << 10
 SETTLED = 3  # passes, from which on they are equal
 
 
+def slots_of(nbytes: int) -> tuple[int, int]:
+    """How many reads a stream has memory for, and their bytes: ``slot_nbytes_of`` in ``csrc/ops_stream.cpp``."""
+    small = min(SMALL_SLOT_NBYTES, nbytes // FEW_SLOTS)
+    slot_nbytes = min(SLOT_NBYTES, max(nbytes // SLOTS, small))
+    return nbytes // slot_nbytes, slot_nbytes
+
+
 def pass_s(
-    compute: Sequence[float], nbytes: Sequence[int], disk_bytes_per_s: float, slot_nbytes: int
+    compute: Sequence[float], nbytes: Sequence[int], disk_bytes_per_s: float, slots_nbytes: int
 ) -> float:
     """Seconds of a pass among equal ones.
 
@@ -27,11 +35,12 @@ def pass_s(
         compute: seconds of each layer, in order; what is not a layer may be a layer too.
         nbytes: of it that are read from the disk; 0 for what is in memory.
         disk_bytes_per_s: of the disk.
-        slot_nbytes: of a read at most.
+        slots_nbytes: memory to read into.
     """
+    slots, slot_nbytes = slots_of(slots_nbytes)
     steps = _pieces(compute, nbytes, slot_nbytes)
     read_end, used = 0.0, 0.0
-    released = [0.0] * SLOTS  # when the last piece in each slot was used
+    released = [0.0] * slots  # when the last piece in each slot was used
     slot, begin = 0, 0.0
     for _ in range(SETTLED):
         begin = used
@@ -40,7 +49,7 @@ def pass_s(
                 read_end = max(read_end, released[slot]) + size / disk_bytes_per_s
                 used = max(used, read_end) + seconds
                 released[slot] = used
-                slot = (slot + 1) % SLOTS
+                slot = (slot + 1) % slots
             else:
                 used += seconds
     return used - begin

@@ -26,6 +26,7 @@ SAMPLES = 6  # units of a kind whose codecs are changed: a multiple of the codec
 PASSES, PASSES_AT_MOST = 3, 12
 SECONDS_OF_A_LENGTH = 1.0  # in each rotation; more passes than three only so long
 DISK_READS_NBYTES, DISK_LOOKS = 512 << 20, 3
+STREAMING_ROUNDS = 4
 FEW = 4  # one in so many layers is read from the disk, to see what that costs if the disk keeps up
 Forward = Callable[[int], object]
 Progress = Callable[[str, float], None]
@@ -289,8 +290,8 @@ def observe_streaming(
     tokens: int,
     forward: Forward,
     slots_nbytes: int,
-) -> list[Streamed]:
-    """Passes of a model without layers on the disk, with a few, and with all of them there.
+) -> list[list[Streamed]]:
+    """Passes of a model without layers on the disk, with a few, and with all of them there; several times in turns.
 
     Args:
         model: it is as before afterwards; no layer is on the disk now.
@@ -302,29 +303,34 @@ def observe_streaming(
     before = {weight.name: weight.tier for weight in weights}
     kept = [(weight, weight.module.payload) for weight in weights]
     layers = [weight for weight in weights if weight.origin is not None and not weight.is_looked_up]
-    found = []
-    try:
-        for streamed in ([], layers[FEW // 2 :: FEW] or layers, layers):
-            tiers = before | {weight.name: f"disk/{weight.file_codec}" for weight in streamed}
-            stream = retier(model, list(weights), tiers, slots_nbytes).stream
-            forward(tokens)
-            stalled_s = 0.0 if stream is None else stream.statistics().stall_s
-            taken = pass_times(forward, tokens)
-            if stream is not None:
-                stalled_s = (stream.statistics().stall_s - stalled_s) / len(taken)
-            names = [weight.name for weight in streamed]
-            found.append(Streamed(names, statistics.median(taken), stalled_s))
-    finally:
+
+    def in_memory() -> None:
         for weight, payload in kept:
             weight.rest_in_memory(payload)
+
+    def taken(streamed: Sequence[Weight]) -> Streamed:
+        in_memory()
+        tiers = before | {weight.name: f"disk/{weight.file_codec}" for weight in streamed}
+        stream = retier(model, list(weights), tiers, slots_nbytes).stream
+        forward(tokens)
+        stalled_s = 0.0 if stream is None else stream.statistics().stall_s
+        seconds = pass_times(forward, tokens, SECONDS_OF_A_LENGTH / STREAMING_ROUNDS)
+        if stream is not None:
+            stalled_s = (stream.statistics().stall_s - stalled_s) / len(seconds)
+        return Streamed([w.name for w in streamed], statistics.median(seconds), stalled_s)
+
+    try:
+        cases: list[list[Weight]] = [[], layers[FEW // 2 :: FEW] or layers, layers]
+        return [[taken(streamed) for streamed in cases] for _ in range(STREAMING_ROUNDS)]
+    finally:
+        in_memory()
         retier(model, list(weights), before, slots_nbytes)
-    return found
 
 
-def pass_times(forward: Forward, tokens: int) -> list[float]:
-    """Seconds of several passes."""
+def pass_times(forward: Forward, tokens: int, budget_s: float) -> list[float]:
+    """Seconds of several passes, of as many as fit in a time."""
     taken: list[float] = []
-    end = time.perf_counter() + SECONDS_OF_A_LENGTH
+    end = time.perf_counter() + budget_s
     while len(taken) < PASSES or (time.perf_counter() < end and len(taken) < 4 * PASSES_AT_MOST):
         begin = time.perf_counter()
         forward(tokens)
@@ -335,4 +341,4 @@ def pass_times(forward: Forward, tokens: int) -> list[float]:
 def pass_seconds(forward: Forward, tokens: int) -> float:
     """Seconds of a pass, the median of several after one that is not counted."""
     forward(tokens)
-    return statistics.median(pass_times(forward, tokens))
+    return statistics.median(pass_times(forward, tokens, SECONDS_OF_A_LENGTH))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -181,7 +182,7 @@ def _disk_of(
     slots_nbytes: int,
     tokens: int,
     tiers: Mapping[str, str],
-    passes: list[Streamed],
+    rounds: list[list[Streamed]],
 ) -> ObservedDisk:
     """What reads cost who computes, from what passes with layers on the disk take longer; and the rate, if they wait for it.
 
@@ -190,28 +191,43 @@ def _disk_of(
         slots_nbytes: that there were to read into.
         tokens: of the passes.
         tiers: of the layers that were in memory.
-        passes: the first of them with all layers in memory.
+        rounds: passes with no layers on the disk, and others; the last with all of them.
     """
     predictor = studied.predictor(slots_nbytes)
     units = {unit.name: unit for unit in studied.units}
-    plain = passes[0]
-    costs, reads = 0.0, 0
-    for found in passes[1:]:
-        there = [units[name] for name in found.names]
-        verified = sum(u.multiplied * u.nbytes[u.file_codec or ""] for u in there)
-        costs += found.seconds - found.stalled_s - plain.seconds
-        costs -= verified / 1e9 / (studied.machine.verify_gbps or math.inf)
-        reads += sum(u.multiplied * predictor.pieces(u.nbytes[u.file_codec or ""]) for u in there)
-    read_s = max(costs, 0.0) / max(reads, 1)
+    verify_gbps = studied.machine.verify_gbps or math.inf
+
+    def on_disk(found: Streamed) -> tuple[float, int]:
+        """Bytes that are read in a pass, and in how many reads."""
+        there = [
+            (units[name].multiplied, units[name].nbytes[units[name].file_codec or ""])
+            for name in found.names
+        ]
+        return sum(n * size for n, size in there), sum(
+            n * predictor.pieces(size) for n, size in there
+        )
+
+    def cost_of_a_read(plain: Streamed, *others: Streamed) -> float:
+        costs, reads = 0.0, 0
+        for found in others:
+            nbytes, count = on_disk(found)
+            costs += found.seconds - found.stalled_s - plain.seconds - nbytes / (verify_gbps * 1e9)
+            reads += count
+        return max(costs, 0.0) / max(reads, 1)
+
+    # The speed of a machine may change from round to round.
+    read_s = statistics.median(cost_of_a_read(*found) for found in rounds)
+    waiting = statistics.median(found[-1].stalled_s / found[-1].seconds for found in rounds)
     disk = replace(studied.observed.disk[slots_nbytes], read_s=read_s)
-    last = passes[-1]
-    if last.stalled_s > STALLED * last.seconds:
+    if waiting > STALLED:
         observed = replace(studied.observed, disk={slots_nbytes: disk})
         predictor = replace(studied, observed=observed).predictor(slots_nbytes)
-        tiers = {**tiers, **{name: f"disk/{units[name].file_codec}" for name in last.names}}
-        # Compared with what is predicted without waiting, not with the clock, which was taken at another time.
+        tiers = {
+            **tiers,
+            **{name: f"disk/{units[name].file_codec}" for name in rounds[0][-1].names},
+        }
         computed = predictor.predict(studied.units, tiers, tokens).resources_s[COMPUTE]
-        seconds = computed * last.seconds / (last.seconds - last.stalled_s)
+        seconds = computed / (1 - waiting)
         disk = replace(disk, gbps=predictor.disk_gbps_of(studied.units, tiers, tokens, seconds))
     return disk
 
