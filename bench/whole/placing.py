@@ -18,8 +18,8 @@ from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.plan import Plan
 from dcext.policy.predict import Prediction, Unit, place_and_codec
 from dcext.runtime.observe import forward_of
-from dcext.runtime.placement import SLOTS_NBYTES, slots_for
-from dcext.runtime.planning import SMALL_SLOTS_NBYTES, Study, study
+from dcext.runtime.placement import LEAST_SLOTS_NBYTES, SLOTS_NBYTES, slots_for
+from dcext.runtime.planning import Study, study
 from dcext.runtime.retier import retier
 from dcext.runtime.weights import weights_of
 
@@ -115,7 +115,7 @@ class Rig:
 
         Starts anywhere and moves random layers, never further from the budget, until at most ``tolerance`` of it is left.
         """
-        slots = draw.choice([slots_for(budget), SMALL_SLOTS_NBYTES])
+        slots = draw.choice([slots_for(budget), LEAST_SLOTS_NBYTES])
         predictor = self.study.predictor(slots)
         options = {unit.name: predictor.tiers(unit) for unit in self.units}
         units = {unit.name: unit for unit in self.units}

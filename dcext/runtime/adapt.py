@@ -244,9 +244,10 @@ def adapt(
 ) -> Adapter:
     """Plans as ``dcext.plan``, moves the layers as ``dcext.apply``, and goes on doing so while the model runs.
 
-    Every pass is timed (some tens of microseconds). Where three in a row compute 15 % faster or slower than was predicted, or
-    wait for a disk that does, or the number of threads is another, layers are timed for three passes and the plan is made
-    anew (seconds, between passes); layers are moved if that gains 3 %. Outputs stay the same bits.
+    Every pass is timed (some tens of microseconds). Where three in a row take 15 % more or less time than was predicted, the
+    plan is made anew (seconds, between passes) and layers are moved if that gains 3 %. If they wait for the disk, its rate
+    follows from their time; if they do not, or the number of threads is another, layers are timed first, in three of the
+    next six passes. Outputs stay the same bits.
 
     Args:
         model: a compressed model on the CPU.

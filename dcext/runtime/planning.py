@@ -28,11 +28,9 @@ from dcext.runtime.observe import (
     observe_disk,
     observe_streaming,
 )
-from dcext.runtime.placement import SLOTS_NBYTES, other_nbytes, slots_for
+from dcext.runtime.placement import LEAST_SLOTS_NBYTES, SLOTS_NBYTES, other_nbytes, slots_for
 from dcext.runtime.weights import weights_of
 
-# Where memory is scarce, less to read into leaves more for layers.
-SMALL_SLOTS_NBYTES = 2 << 20
 FREE_SHARE = 0.8  # of free memory, what an automatic plan takes
 STALLED = 0.1  # share of a pass spent waiting from which the disk is what binds
 DESCRIBING, OBSERVING = 0.5, 0.5  # shares of the work
@@ -97,7 +95,8 @@ class Study:
             ]
             objective = f"least time in {' and '.join(bounds) or 'unbounded memory'}"
         plans: list[Plan] = []
-        for slots in sorted({slots_for(host), min(slots_for(host), SMALL_SLOTS_NBYTES)}):
+        # Less to read into leaves more memory for layers.
+        for slots in sorted({LEAST_SLOTS_NBYTES, slots_for(host)}):
             try:
                 plans.append(self._plan(mix, host, device, slots, slowdown, objective, quick))
             except BudgetError as error:
@@ -163,7 +162,7 @@ def study(
             weights, units, lengths, forward, lambda what, share: report(what, OBSERVING * share)
         )
         studied = Study(units, found, observed, 0)
-        for slots in (SLOTS_NBYTES, SMALL_SLOTS_NBYTES):
+        for slots in (SLOTS_NBYTES, LEAST_SLOTS_NBYTES):
             gbps = observe_disk(weights, slots)
             if gbps is None:
                 continue
