@@ -6,8 +6,8 @@ SmolLM2-135M-Instruct as `dcext compress` makes it for each codec, made once in 
 tier within one process, in random order and several rounds, since the speed of shared machines drifts by a third within
 minutes. Four questions:
 
-- accuracy: predicted against measured time of passes, for placements of all kinds. Predictions are made before the clock
-  runs, as they follow from `dcext plan`, and once more corrected by what passes of the placements before took.
+- accuracy: predicted against measured time of passes, for placements of all kinds, and the same over the time of plain
+  INT8 just before and after. Predictions are made before the clock runs, as they follow from `dcext plan`.
 - choice: the plan for a budget against 30 random ones that take the same memory.
 - pareto: plans over the budget, against the uniform share of the paper and all-or-nothing.
 - adaptation: a model that runs under `dcext.adapt` while threads go, or a control group holds the disk back.
@@ -20,7 +20,7 @@ import contextlib
 import random
 import statistics
 import sys
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -44,7 +44,6 @@ from dcext.runtime.planning import study
 QUESTIONS = ("accuracy", "choice", "pareto", "adaptation")
 TOLERANCE = 0.01  # of the memory, that random placements may leave
 SLOW_DISK = 0.3e9  # bytes/s
-RECENT = 5  # visits that correct the next prediction
 
 
 @dataclass(frozen=True)
@@ -103,27 +102,35 @@ def int8_nbytes(rig: Rig) -> int:
 
 
 def accuracy(rig: Rig, sizes: Sizes, progress: Any) -> list[Row]:
-    """A row for every placement and length."""
+    """A row for every placement and length.
+
+    Each is measured between two visits of plain INT8: what is predicted of the time over that of plain INT8 holds whatever
+    speed the machine has meanwhile.
+    """
+    plain = rig.uniform("raw")
     cases = placements(rig, sizes.mix)
     taken: dict[tuple[str, int], list[float]] = defaultdict(list)
-    errors: dict[tuple[str, int], list[float]] = defaultdict(list)
-    recent: dict[int, deque[float]] = {n: deque(maxlen=RECENT) for n in sizes.lengths}
+    over: dict[tuple[str, int], list[float]] = defaultdict(list)
     predicted = {
         (name, n): rig.predict(case, n) for name, case in cases.items() for n in sizes.lengths
     }
+    predicted_plain = {n: rig.predict(plain, n).pipelined_s for n in sizes.lengths}
     task = progress.add_task("accuracy", total=sizes.rounds * len(cases))
     draw = random.Random(1)
+
+    def visit(placement: Placement) -> dict[int, float]:
+        rig.place(placement)
+        return {tokens: rig.visit(tokens).median_s for tokens in sizes.lengths}
+
     for _ in range(sizes.rounds):
+        before = visit(plain)
         for name in draw.sample(list(cases), len(cases)):
-            rig.place(cases[name])
+            seconds = visit(cases[name])
+            after = visit(plain)
             for tokens in sizes.lengths:
-                seconds = rig.visit(tokens).median_s
-                expected = predicted[name, tokens].pipelined_s
-                if recent[tokens]:
-                    factor = statistics.median(recent[tokens])
-                    errors[name, tokens].append(expected * factor / seconds - 1)
-                recent[tokens].append(seconds / expected)
-                taken[name, tokens].append(seconds)
+                taken[name, tokens].append(seconds[tokens])
+                over[name, tokens].append(2 * seconds[tokens] / (before[tokens] + after[tokens]))
+            before = after
             progress.advance(task)
     return [
         {
@@ -135,7 +142,11 @@ def accuracy(rig: Rig, sizes: Sizes, progress: Any) -> list[Row]:
             "measured_s": statistics.median(taken[name, tokens]),
             "rounds_s": taken[name, tokens],
             "error": found.pipelined_s / statistics.median(taken[name, tokens]) - 1,
-            "corrected_error": statistics.median(errors[name, tokens] or [0.0]),
+            "over_int8": statistics.median(over[name, tokens]),
+            "error_over_int8": found.pipelined_s
+            / predicted_plain[tokens]
+            / statistics.median(over[name, tokens])
+            - 1,
         }
         for (name, tokens), found in predicted.items()
     ]
@@ -344,7 +355,7 @@ def show_accuracy(rows: list[Row], title: str, console: Console) -> None:
     """Predicted against measured."""
     table = Table(title=title)
     table.add_column("placement")
-    for heading in ("tokens", "measured ms", "predicted ms", "error", "corrected", "binds"):
+    for heading in ("tokens", "measured ms", "predicted ms", "error", "over INT8", "binds"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -353,11 +364,14 @@ def show_accuracy(rows: list[Row], title: str, console: Console) -> None:
             f"{row['measured_s'] * 1e3:.2f}",
             f"{row['predicted_s'] * 1e3:.2f}",
             f"{row['error']:+.1%}",
-            f"{row['corrected_error']:+.1%}",
+            f"{row['error_over_int8']:+.1%}",
             row["binds"],
         )
     console.print(table)
-    for name, key in (("as planned", "error"), ("corrected by passes before", "corrected_error")):
+    for name, key in (
+        ("as planned", "error"),
+        ("of the time over plain INT8 beside it", "error_over_int8"),
+    ):
         sizes = sorted(abs(row[key]) for row in rows)
         console.print(
             f"error {name}: median {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}",
