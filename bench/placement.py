@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dcext.policy.decide import Budget, BudgetError, Decider, travel_nbytes
+from dcext.policy.decide import Budget, BudgetError, Decider
 from dcext.policy.machine import PROJECTED
 from dcext.policy.predict import Predictor, Unit
 from dcext.policy.presets import presets
@@ -73,14 +73,19 @@ def fits(decider: Decider, tiers: Tiers, budget: Budget) -> bool:
     return enough and (budget.device is None or device <= budget.device)
 
 
+def smallest_resting(decider: Decider, unit: Unit, tiers: list[str]) -> str:
+    """The tier of least memory in which a unit rests where the model runs."""
+    resting = [tier for tier in tiers if tier.startswith(("device/", "memory/"))]
+    return min(resting, key=lambda tier: sum(decider.predictor.memory(unit, tier)))
+
+
 def first_fit(decider: Decider, budget: Budget, chosen: str, other: str) -> Tiers | None:
     """As few units in one tier as let all fit; embeddings and heads rest where the model runs."""
-    resting = "device/zstd" if decider.on_device else "memory/zstd"
     for count in range(len(decider.units) + 1):
         tiers = evenly(decider.units, count, chosen, other)
         for unit, known in zip(decider.units, decider.tiers, strict=True):
             if tiers[unit.name] not in known:
-                tiers[unit.name] = resting
+                tiers[unit.name] = smallest_resting(decider, unit, known)
         if fits(decider, tiers, budget):
             return tiers
     return None
@@ -89,11 +94,10 @@ def first_fit(decider: Decider, budget: Budget, chosen: str, other: str) -> Tier
 def one_tier(decider: Decider, budget: Budget) -> Iterator[Tiers]:
     """Every tier for all; embeddings that are only looked up where the model runs."""
     names = dict.fromkeys(tier for tiers in decider.tiers for tier in tiers)
-    resting = "device/zstd" if decider.on_device else "memory/zstd"
     for name in names:
         tiers = {
-            unit.name: name if name in decider.tiers[i] else resting
-            for i, unit in enumerate(decider.units)
+            unit.name: name if name in known else smallest_resting(decider, unit, known)
+            for unit, known in zip(decider.units, decider.tiers, strict=True)
         }
         if fits(decider, tiers, budget):
             yield tiers
@@ -143,7 +147,7 @@ def row(shape: str, machine_name: str, tokens: int) -> dict[str, Any]:
     if int8 <= holds:
         holds = int8 / 2
     if machine.device is not None:
-        budget = Budget(int(host), int(holds), others, SLOTS_NBYTES, travel_nbytes(units))
+        budget = Budget(int(host), int(holds), others, SLOTS_NBYTES)
     else:
         budget = Budget(int(holds), None, others, SLOTS_NBYTES)
     predictor = Predictor(machine, slots_nbytes=SLOTS_NBYTES)

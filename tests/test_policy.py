@@ -76,6 +76,8 @@ def drawn_units(draw: np.random.Generator, count: int) -> list[Unit]:
                     "packed": int(weights * draw.uniform(0.5, 0.8)),
                     "zstd": int(weights * draw.uniform(0.4, 0.6)),
                 },
+                index_nbytes={"packed": weights >> 6, "zstd": weights >> 8},
+                block=None if looked_up or draw.random() < 0.1 else f"block {i % 2}",
                 file_codec="zstd",
                 panels=max(1, weights >> 17),
             )
@@ -96,8 +98,7 @@ def drawn_case(seed: int, machine: Machine) -> tuple[Decider, Budget]:
     int8 = sum(unit.nbytes["raw"] for unit in units)
     host = int(draw.uniform(0, 1.2) * int8) + slots
     device = None if machine is CPU else int(draw.uniform(0.2, 1.2) * int8) + 1000
-    travel = 0 if machine is CPU else max(unit.weights for unit in units) // 8
-    return decider, Budget(host, device, 1000, slots, travel)
+    return decider, Budget(host, device, 1000, slots)
 
 
 def exhaustive(decider: Decider, budget: Budget) -> float:
@@ -219,7 +220,7 @@ def machine(tmp_path_factory) -> Machine:
 
 
 def study_of(model: nn.Module, machine: Machine) -> Study:
-    return Study(describe(weights_of(model)), machine, Observed(), 0)
+    return Study(describe(model, weights_of(model)), machine, Observed(), 0)
 
 
 def logits(model: nn.Module, count: int = 5) -> torch.Tensor:
@@ -235,7 +236,7 @@ def every_tier(model: nn.Module) -> dict[str, str]:
 
 
 def plan_with(model: nn.Module, tiers: dict[str, str]) -> Plan:
-    decider = Decider(Predictor(CPU), describe(weights_of(model)), {1: 1.0}, 0)
+    decider = Decider(Predictor(CPU), describe(model, weights_of(model)), {1: 1.0}, 0)
     return decider.plan(tiers, Budget(None, None, slots=16 << 20), "a test")
 
 
@@ -252,7 +253,7 @@ def test_what_is_measured_is_plausible(machine):
 @pytest.mark.parametrize("codec", ["zstd", "packed"])
 def test_sizes_are_exact(folders, codec):
     model = dcext.from_pretrained(folders[codec])
-    units = describe(weights_of(model))
+    units = describe(model, weights_of(model))
     for unit, weight in zip(units, weights_of(model), strict=True):
         for name in ("raw", "packed", "zstd"):
             assert unit.nbytes[name] == weight.payload(name).nbytes

@@ -107,13 +107,25 @@ class CompressedModule(Resting):
         self.resting = weight
         self._is_in_file = True
 
-    def travel(self, weight: IndexedWeight | PackedWeight, block: TravelingBlock) -> None:
-        """Leaves the weights elsewhere: ``block`` brings them to ``weight`` on a device whenever it is called."""
+    def wait_in_file(self) -> None:
+        """Leaves the weights in their file, where only ``qweight`` finds them, until ``travel``."""
         assert self.origin is not None
-        self.payload = self.origin.view()
-        self.resting = weight
-        self.travels_with = block
+        self.rest_in_memory(self.origin.view())
         self._is_in_file = True
+
+    def travel(
+        self, weight: IndexedWeight | PackedWeight, codec: str, block: TravelingBlock
+    ) -> None:
+        """After ``wait_in_file``: ``block`` brings the weights to ``weight`` on a device whenever it is called.
+
+        Args:
+            weight: there.
+            codec: of what travels.
+            block: that the module lies in.
+        """
+        self.resting = weight
+        self.codec = codec
+        self.travels_with = block
 
     def move_all_but_payload(self, device: torch.device) -> None:
         """Moves scales and the like; modules that share one still do."""
@@ -127,6 +139,12 @@ class CompressedModule(Resting):
         self._leave_device()
         self._describe(payload_info(payload))
         self.payload = payload
+
+    def rest_on(self, payload: Tensor, device: torch.device) -> None:
+        """Takes over a payload of the module's integers, on the CPU, and rests on a device."""
+        self.rest_in_memory(payload)
+        self.move_all_but_payload(device)
+        self._rest_on(device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -202,6 +220,7 @@ class CompressedModule(Resting):
             self.payload = payload.to(device)
             return
         self.payload = made_once(payload, _CPU, payload.cpu) if payload.is_cuda else payload
+        self._describe(payload_info(self.payload))
         if device.type != "cpu":
             self._rest_on(device)
 
@@ -224,6 +243,7 @@ class CompressedModule(Resting):
             own = self._payload_in_memory()
             state["_buffers"] = {**self._buffers, "payload": own}
             state |= {"resting": None, "travels_with": None, "_is_in_file": False}
+            state["codec"] = payload_info(own)["codec"]
         state["origin"] = None
         return state
 

@@ -246,6 +246,23 @@ def batch_decodes(block: nn.Module) -> None:
     block.register_forward_hook(after, always_call=True)
 
 
+def check_device(function: str, wanted_for: str, device: torch.device) -> None:
+    """Whether torch finds it.
+
+    Args:
+        function: that needs it, for the message.
+        wanted_for: what needs it.
+        device: any.
+
+    Raises:
+        RuntimeError: it is a GPU and there is none.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"{function}: device: expected a GPU for {wanted_for}, as torch finds none, got {str(device)!r}"
+        )
+
+
 def place(model: nn.Module, device: torch.device | str) -> None:
     """Moves a model to a device, and has each of its decoder blocks decode in one launch if that is a GPU.
 
@@ -270,6 +287,18 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The elements of the ``nn.ModuleList`` that holds most compressed weights."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=_num_compressed_weights, default=[]))
+
+
+def named_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """``decoder_blocks`` by their names in the model, in order."""
+    blocks = {id(block) for block in decoder_blocks(model)}
+    return {name: module for name, module in model.named_modules() if id(module) in blocks}
+
+
+def blocks_of(model: nn.Module) -> dict[int, str]:
+    """Names of decoder blocks, by the ``id`` of each module inside."""
+    blocks = named_blocks(model).items()
+    return {id(module): name for name, block in blocks for module in block.modules()}
 
 
 def _num_compressed_weights(module: nn.Module) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dcext.codec import decode, encode
 from dcext.nn.compressed import CompressedModule
+from dcext.nn.device import IndexedWeight
 from dcext.quantize import quantize_absmax
 from dcext.runtime.host_stream import StreamedWeight
 
@@ -70,6 +71,12 @@ class DCEmbedding(CompressedModule):
         qweight, row_scale = quantize_absmax(embedding.weight, granularity)
         payload = encode(qweight, codec, level)
         return cls(payload, row_scale, None, embedding.weight.dtype, embedding.padding_idx)
+
+    @property
+    def rows_nbytes(self) -> int:
+        """Bytes of rows on a device that do not lie in the payload there."""
+        is_in_payload = isinstance(self.resting, IndexedWeight) and self.resting.view is not None
+        return 0 if self._rows is None or is_in_payload else self._rows.nbytes
 
     @property
     def num_embeddings(self) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from dcext.policy.plan import Plan, PlannedLayer, PlannedPass, count_tokens
 from dcext.policy.predict import (
     COMPUTE,
     DISK,
+    HOST_DECODE,
     RESOURCES,
     Predictor,
     Unit,
@@ -25,7 +26,9 @@ GAINS = 1e-3  # relative time that travels, and reads from the disk, must save
 SLOWER_DISK = 1.4
 MOVES = 200  # predictions of whole passes, of a few tenths of a millisecond
 MOVE_GAINS = 1e-6
-TRAVELING = 2
+SLOTS = 2  # on a device: one is filled while the other is used
+# Codecs that units may arrive in on a device, least bytes first.
+ARRIVALS = ((), ("packed",), ("packed", "zstd"), ("packed", "zstd", "raw"))
 UNBOUNDED = 1 << 50  # bytes; sums stay exact in float64
 
 
@@ -38,14 +41,56 @@ class Budget:
         device: bytes on the device; None without a bound, or without a device.
         others: of the memory where the model runs, bytes of what is not compressed.
         slots: bytes to read into, taken from host memory as soon as one unit is on disk.
-        travel: bytes on the device for units that come over the link, taken as soon as one does.
     """
 
     host: int | None
     device: int | None
     others: int = 0
     slots: int = 0
-    travel: int = 0
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes on a device for what does not rest there.
+
+    Attributes:
+        arrives: codecs in which units may arrive in slots.
+        decodes: whether matrices may be decoded from zstd there.
+        nbytes: two slots of the largest block's units, and room for the matrices of one block; an upper bound.
+    """
+
+    arrives: tuple[str, ...]
+    decodes: bool
+    nbytes: int
+
+    def allows(self, tier: str) -> bool:
+        """Whether a unit may be in a tier of a device machine."""
+        place, codec = place_and_codec(tier)
+        if tier == HOST_DECODE:
+            return "raw" in self.arrives
+        if codec == "zstd" and not self.decodes:
+            return False
+        return place == "device" or codec in self.arrives
+
+
+def rooms(units: Sequence[Unit]) -> list[Room]:
+    """What a device may need besides the units that rest there, smallest first."""
+    blocks: dict[object, list[Unit]] = defaultdict(list)
+    for unit in units:
+        blocks[unit.block or (unit.name,)].append(unit)
+    decoded = max(
+        (sum(u.weights for u in members if u.multiplied) for members in blocks.values()), default=0
+    )
+    found = []
+    for arrives in ARRIVALS:
+        slot = 0
+        for members in blocks.values():
+            if arrives and members[0].block is not None:
+                slot = max(slot, sum(max(map(u.device_nbytes, arrives)) for u in members))
+        plain = arrives[-1:] != ("zstd",)  # frames that arrive are decoded
+        found += [Room(arrives, False, SLOTS * slot)] * plain
+        found.append(Room(arrives, True, SLOTS * slot + decoded))
+    return sorted(found, key=lambda room: room.nbytes)
 
 
 class BudgetError(ValueError):
@@ -72,12 +117,9 @@ class Decider:
         self.others = others
         self.on_device = predictor.machine.device is not None
         self.tiers = [predictor.tiers(unit) for unit in self.units]
+        self.rooms: list[Room | None] = [None]  # without a device
         if self.on_device:
-            repeated = _repeated(self.units)
-            self.tiers = [
-                [tier for tier in tiers if unit.kind in repeated or tier.startswith("device/")]
-                for unit, tiers in zip(self.units, self.tiers, strict=True)
-            ]
+            self.rooms = [*rooms(self.units)]
         self.time, self.memory = self._tables()
 
     def _tables(self) -> tuple[Floats, Floats]:
@@ -98,20 +140,17 @@ class Decider:
         time[count, 0, COMPUTE] = [self.predictor.other_s(tokens) for tokens in workloads]
         return time, memory
 
-    def problem(self, budget: Budget, *, disk: bool, travel: bool) -> Problem:
-        """What ``solve`` takes, with or without tiers on disk and those that travel to a device."""
+    def problem(self, budget: Budget, *, disk: bool, room: Room | None) -> Problem:
+        """What ``solve`` takes, with or without tiers on disk, and with those that there is room for on a device."""
         time = self.time.copy()
         for i, tiers in enumerate(self.tiers):
             for j, tier in enumerate(tiers):
-                place = place_and_codec(tier)[0]
-                if (place == "disk" and not disk) or (
-                    self.on_device and place in ("host", "disk") and not travel
-                ):
+                if (_is_on_disk(tier) and not disk) or (room is not None and not room.allows(tier)):
                     time[i, j] = np.inf
         host = UNBOUNDED if budget.host is None else budget.host
         device = UNBOUNDED if budget.device is None else budget.device
-        host -= budget.slots * disk + self.others * (not self.on_device)
-        device -= budget.travel * travel + self.others * self.on_device
+        host -= budget.slots * disk + self.others * (room is None)
+        device -= 0 if room is None else room.nbytes + self.others
         weight = np.array(list(self.mix.values()), dtype=np.float64)
         return Problem(time, self.memory, np.array([host, device], dtype=np.float64), weight)
 
@@ -143,7 +182,7 @@ class Decider:
 
     def _improved(self, tiers: dict[str, str], seconds: float, budget: Budget) -> dict[str, str]:
         """Single moves that fit and are faster by the whole prediction; only so many are tried, kinds in turns."""
-        if not any(tier.startswith("disk/") for tier in tiers.values()) or self.on_device:
+        if not any(map(_is_on_disk, tiers.values())) or self.on_device:
             return tiers  # there is nothing that candidates do not know
         left = MOVES
         moved = True
@@ -178,11 +217,12 @@ class Decider:
 
     def _problems(self, budget: Budget) -> Iterator[Problem]:
         """With the tiers that a budget may call for; reads and travels cost memory even if little uses them."""
-        on_disk = any(tier.startswith("disk/") for tiers in self.tiers for tier in tiers)
-        for travel in (False, True) if self.on_device else (False,):
-            yield self.problem(budget, disk=False, travel=travel)
-        if on_disk:
-            yield self.problem(budget, disk=True, travel=self.on_device)
+        known = {tier for tiers in self.tiers for tier in tiers}
+        for room in self.rooms:
+            allowed = [tier for tier in known if room is None or room.allows(tier)]
+            yield self.problem(budget, disk=False, room=room)
+            if any(map(_is_on_disk, allowed)):
+                yield self.problem(budget, disk=True, room=room)
 
     def _variants(self, problem: Problem, budget: Budget) -> Iterator[Problem]:
         """A problem; and if a CPU reads from the disk, it with a slower disk, and with nothing there that slots cannot hold.
@@ -194,7 +234,7 @@ class Decider:
             (i, j)
             for i, tiers in enumerate(self.tiers)
             for j, t in enumerate(tiers)
-            if t.startswith("disk/")
+            if _is_on_disk(t)
         ]
         if self.on_device or not any(np.isfinite(problem.time[i, j]).all() for i, j in on_disk):
             return
@@ -209,7 +249,7 @@ class Decider:
 
     def smallest(self, budget: Budget) -> int:
         """Bytes of host memory below which nothing fits, if there is room on the device."""
-        free = Budget(None, budget.device, budget.others, budget.slots, budget.travel)
+        free = replace(budget, host=None)
         least = []
         for problem in self._problems(free):
             exists = np.isfinite(problem.time).all(axis=(2, 3))
@@ -283,7 +323,7 @@ class Decider:
         return sum(passes) / sum(self.mix.values())
 
     def nbytes(self, tiers: Mapping[str, str], budget: Budget) -> tuple[int, int]:
-        """Bytes of weights in host and device memory: payloads, what is not compressed, room for reads."""
+        """Bytes of weights in host and device memory: payloads, what is not compressed, room for reads and on the device."""
         host = device = 0
         for unit in self.units:
             in_host, on_device = self.predictor.memory(unit, tiers[unit.name])
@@ -292,10 +332,15 @@ class Decider:
         places = {place_and_codec(tier)[0] for tier in tiers.values()}
         host += budget.slots * ("disk" in places)
         if self.on_device:
-            device += self.others + budget.travel * bool(places & {"host", "disk"})
+            device += self.others + self._room(tiers.values())
         else:
             host += self.others
         return host, device
+
+    def _room(self, tiers: Collection[str]) -> int:
+        return next(
+            room.nbytes for room in self.rooms if room is not None and all(map(room.allows, tiers))
+        )
 
     def _named(self, choice: Choice) -> dict[str, str]:
         return {unit.name: self.tiers[i][choice[i]] for i, unit in enumerate(self.units)}
@@ -361,15 +406,8 @@ class Decider:
         )
 
 
-def travel_nbytes(units: Sequence[Unit]) -> int:
-    """Bytes on a device for units that travel there: two slots, one of which is filled while the other is used."""
-    repeated = _repeated(units)
-    return TRAVELING * max((unit.weights for unit in units if unit.kind in repeated), default=0)
-
-
-def _repeated(units: Sequence[Unit]) -> set[object]:
-    """Kinds of which there are several: layers of decoder blocks. Others, such as heads, always rest on a device."""
-    return {kind for kind, count in Counter(unit.kind for unit in units).items() if count > 1}
+def _is_on_disk(tier: str) -> bool:
+    return tier.startswith("disk/")
 
 
 def notes(plan: Plan) -> list[str]:

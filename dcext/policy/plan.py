@@ -21,7 +21,8 @@ class PlannedLayer:
 
     Attributes:
         name: of the first module that uses it.
-        tier: where it is to be, such as ``"memory/packed"`` or ``"disk/zstd"``.
+        tier: where it is to be, such as ``"memory/packed"`` or ``"disk/zstd"``, or with a device ``"device/packed"``,
+            ``"host/zstd"``, ``"host/zstd, decoded there"`` ..
         nbytes: of its payload there.
         seconds: predicted, of what it uses most, by number of tokens.
         binds: what that is, by number of tokens: ``"compute"``, ``"link"``, ``"disk"`` or ``"host"``.
@@ -103,6 +104,12 @@ class Plan:
     def tiers(self) -> dict[str, str]:
         """By the name of each layer."""
         return {layer.name: layer.tier for layer in self.layers}
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the model is to run on a device."""
+        places = {tier.partition("/")[0] for tier in self.tiers.values()}
+        return "memory" not in places and bool(places & {"device", "host"})
 
     @property
     def seconds(self) -> float:

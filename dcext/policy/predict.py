@@ -46,6 +46,8 @@ class Unit:
         multiplied: how many modules multiply it in a pass.
         looked_up: how many look up rows of it: embeddings.
         nbytes: of its payload, by codec; those it can have.
+        index_nbytes: beside its payload on a device, by codec; an upper bound (``dcext.policy.footprint``).
+        block: name of the decoder block that it lies in; None outside of blocks, whose units always rest on a device.
         file_codec: of its payload in a file, from which it can be read while the model runs; None without one.
         panels: that rows are decoded by, for look-ups.
         activations: ``"int8"`` or ``"none"``.
@@ -56,6 +58,8 @@ class Unit:
     multiplied: int
     looked_up: int
     nbytes: Mapping[str, int]
+    index_nbytes: Mapping[str, int] = field(default_factory=dict)
+    block: str | None = None
     file_codec: str | None = None
     panels: int = 1
     activations: str = "int8"
@@ -69,6 +73,10 @@ class Unit:
     def kind(self) -> tuple[int, int, int, int, str]:
         """Equal for units whose layers take equal times."""
         return (*self.shape, self.multiplied, self.looked_up, self.activations)
+
+    def device_nbytes(self, codec: str) -> int:
+        """Bytes on a device, where it rests or arrives there in a codec."""
+        return self.nbytes.get(codec, self.weights) + self.index_nbytes.get(codec, 0)
 
 
 @dataclass(frozen=True)
@@ -173,9 +181,15 @@ class Predictor:
             on_disk = []
         if self.machine.device is None:
             return [*(f"memory/{codec}" for codec in unit.nbytes), *on_disk]
-        resting = [f"device/{codec}" for codec in unit.nbytes]
         if not unit.multiplied:
-            return resting  # a row is looked up where the model runs
+            return [
+                "device/raw"
+            ]  # a row is looked up where the model runs, and rests there as it is
+        resting = [f"device/{codec}" for codec in unit.nbytes]
+        if unit.block is None or unit.file_codec is None:
+            return (
+                resting  # blocks bring their weights; what these are copied from is also in a file
+            )
         waiting = [f"host/{codec}" for codec in unit.nbytes]
         decoded = [HOST_DECODE] if "zstd" in unit.nbytes else []
         return [*resting, *waiting, *decoded, *on_disk]
@@ -184,9 +198,13 @@ class Predictor:
         """Bytes of a unit in host and device memory."""
         place, codec = place_and_codec(tier)
         nbytes = unit.nbytes[codec]
-        return {"memory": (nbytes, 0), "host": (nbytes, 0), "device": (0, nbytes), "disk": (0, 0)}[
-            place
-        ]
+        if place == "device":
+            # Rows of embeddings rest as they are, and if they do not lie in the payload that stays on the host.
+            rows = unit.weights if unit.looked_up and codec != "raw" else 0
+            return nbytes if rows else 0, unit.device_nbytes(codec) + rows
+        if place == "disk":
+            return unit.index_nbytes.get(codec, 0) if self.machine.device is not None else 0, 0
+        return unit.device_nbytes(codec) if tier == f"host/{codec}" else nbytes, 0
 
     def modelled_s(
         self, unit: Unit, codec: str, tokens: int, processor: Processor | None = None
@@ -216,7 +234,8 @@ class Predictor:
 
     def seconds(self, unit: Unit, tier: str, tokens: int) -> Seconds:
         """Seconds of each of ``RESOURCES``, ``(4,)``; not to be modified."""
-        nbytes = unit.nbytes[place_and_codec(tier)[1]]
+        codec = place_and_codec(tier)[1]
+        nbytes = unit.nbytes[codec], unit.device_nbytes(codec)
         key = (unit.kind, unit.panels, nbytes, tier, tokens)
         known = self._known.get(key)
         if known is None:
@@ -237,7 +256,7 @@ class Predictor:
         if place == "disk":
             self._add_disk(taken, unit, nbytes, tokens)
         if machine.link_gbps is not None and place in ("host", "disk"):
-            taken[LINK] = nbytes / (machine.link_gbps * 1e9)
+            taken[LINK] = unit.device_nbytes(codec) / (machine.link_gbps * 1e9)
         return taken
 
     def _add_disk(self, taken: Seconds, unit: Unit, nbytes: int, tokens: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dcext.policy.footprint import index_nbytes
 from dcext.policy.predict import Unit
 
 # Stored bits of a weight by codec. Layers as recipe rate makes them at ratio 2.2, packed at 4.25 bits (they are different
@@ -11,6 +12,7 @@ from dcext.policy.predict import Unit
 LAYER_BITS = {"raw": 8.0, "packed": 4.25, "zstd": 3.64}
 EMBEDDING_BITS = {"raw": 8.0, "packed": 8.0, "zstd": 6.9}
 PANEL_WEIGHTS = 1 << 17
+EXCEPTIONS = 500  # of codec packed, one in so many weights, as recipe rate makes
 
 
 @dataclass(frozen=True)
@@ -70,27 +72,39 @@ def units_of(name: str) -> tuple[list[Unit], int]:
     if shape.gated:
         matrices["mlp.gate_proj"] = (wide, hidden)
     table = (shape.vocabulary, hidden)
-    units = [_unit("model.embed_tokens", table, EMBEDDING_BITS, int(shape.tied), 1)]
+    units = [_unit("model.embed_tokens", table, EMBEDDING_BITS, int(shape.tied), 1, None)]
     for layer in range(shape.layers):
+        block = f"model.layers.{layer}"
         units += [
-            _unit(f"model.layers.{layer}.{matrix}", size, LAYER_BITS, 1, 0)
+            _unit(f"{block}.{matrix}", size, LAYER_BITS, 1, 0, block)
             for matrix, size in matrices.items()
         ]
     if not shape.tied:
-        units.append(_unit("lm_head", table, EMBEDDING_BITS, 1, 0))
+        units.append(_unit("lm_head", table, EMBEDDING_BITS, 1, 0, None))
     return units, 2 * hidden * (2 * shape.layers + 1)
 
 
 def _unit(
-    name: str, shape: tuple[int, int], bits: dict[str, float], multiplied: int, looked_up: int
+    name: str,
+    shape: tuple[int, int],
+    bits: dict[str, float],
+    multiplied: int,
+    looked_up: int,
+    block: str | None,
 ) -> Unit:
     weights = shape[0] * shape[1]
+    panels = max(1, weights // PANEL_WEIGHTS)
     return Unit(
         name=name,
         shape=shape,
         multiplied=multiplied,
         looked_up=looked_up,
         nbytes={codec: int(weights * width / 8) for codec, width in bits.items()},
+        index_nbytes={
+            codec: index_nbytes(codec, shape[0], weights, panels, weights // EXCEPTIONS)
+            for codec in bits
+        },
+        block=block,
         file_codec="zstd",
-        panels=max(1, weights // PANEL_WEIGHTS),
+        panels=panels,
     )

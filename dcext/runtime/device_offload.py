@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from dcext.codec import payload_info
 from dcext.nn.compressed import CompressedModule
-from dcext.nn.device import batch_decodes, decoder_blocks
+from dcext.nn.device import named_blocks
 from dcext.nn.embedding import DCEmbedding
+from dcext.policy.decide import SLOTS
+from dcext.policy.footprint import PART_NBYTES, payload_index_nbytes
 from dcext.runtime.budget import format_nbytes
-from dcext.runtime.device_stream import READS_NBYTES, DeviceStream
-from dcext.runtime.traveling import MODES, Part, TravelingBlock
+from dcext.runtime.device_placement import DECODED_THERE
+from dcext.runtime.device_stream import READS_NBYTES
+from dcext.runtime.weights import Weight
 
+MODES = ("auto", "device", "host", "raw")
 # Host memory to read into, as in dcext.runtime.offload: so much, or a part of the budget where that is less.
 LEAST_READS_NBYTES, READS_SHARE = 8 << 20, 4
-SLOTS = 2  # one is filled while the other is used
-# Of a seek index, 448 bytes for each zstd block, which decodes to 128 KiB or, with pairs of weights, to 256.
-_INDEX_SHARE = 448 / (128 << 10)
-_TILE_NBYTES = 40 * (1 + 1 / 4)  # of a packed weight's index, for each 16 rows of a panel
-_EXCEPTION_NBYTES, _ROW_NBYTES = 6, 4
-_PART_NBYTES = 256  # alignment
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def plan_device(
     """
     if mode not in MODES:
         raise ValueError(f"offload: mode: expected one of {MODES}, got {mode!r}")
-    blocks = [_describe(name, module, mode) for name, module in _named_blocks(model)]
+    blocks = [_describe(name, module, mode) for name, module in named_blocks(model).items()]
     if not blocks:
         raise ValueError(
             "offload: model: expected decoder blocks with compressed layers, found none"
@@ -146,59 +143,22 @@ def _fit_host(
     return from_disk, reads, reads + indices + kept
 
 
-def place_on_device(
-    model: nn.Module,
-    plan: DevicePlan,
-    device: torch.device,
-    mode: str,
-    progress: Callable[[int], None],
-) -> DeviceStream | None:
-    """Carries a plan out. Payloads are read and verified block by block, so that host memory never holds them all."""
-    for _, module in model.named_modules():
-        if isinstance(module, CompressedModule) and module.travels_with is not None:
-            module.travels_with.stop()
-    travels = {id(layer) for block in plan.traveling for layer in block.layers}
-    for module in model.modules():
-        if not isinstance(module, CompressedModule) or id(module) in travels:
-            continue
-        if module.is_in_file and module.origin is not None:
-            module.rest_in_memory(module.origin.load(progress))
-        module.to(device)
-    for block in plan.resting:
-        batch_decodes(block.module)
-    stream = None
-    if plan.traveling:
-        moving = [TravelingBlock(block.module, i) for i, block in enumerate(plan.traveling)]
-        stream = DeviceStream(_units(plan, moving, device, mode, progress), device, num_slots=SLOTS)
-        for traveling in moving:
-            traveling.start(stream)
-    model.to(device)
-    return stream
-
-
-def _units(
-    plan: DevicePlan,
-    moving: list[TravelingBlock],
-    device: torch.device,
-    mode: str,
-    progress: Callable[[int], None],
-) -> Iterator[list[Part]]:
-    for block, traveling in zip(plan.traveling, moving, strict=True):
-        for layer in block.layers:
-            assert layer.origin is not None
-            if block in plan.from_disk:
-                traveling.add_from_file(layer, layer.origin, device)
-            else:
-                traveling.add(layer, layer.origin.load(progress), mode, device)
-            layer.move_all_but_payload(device)
-        yield traveling.take_parts()
-
-
-def _named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    blocks = {id(block) for block in decoder_blocks(model)}
-    for name, module in model.named_modules():
-        if id(module) in blocks:
-            yield name, module
+def device_tiers(weights: Sequence[Weight], plan: DevicePlan, mode: str) -> dict[str, str]:
+    """What a plan of blocks is for each weight, for ``dcext.runtime.device_placement``; see ``plan_device``."""
+    places = {id(layer): "host" for block in plan.traveling for layer in block.layers}
+    places |= {id(layer): "disk" for block in plan.from_disk for layer in block.layers}
+    tiers = {}
+    for weight in weights:
+        found = {places.get(id(module), "device") for module in weight.modules}
+        place = found.pop() if len(found) == 1 else "device"
+        codec = payload_info(weight.module.payload)["codec"]
+        if place == "disk":
+            codec = str(weight.file_codec)
+        if place == "host" and mode == "raw":
+            codec = "raw"
+        there = DECODED_THERE if place == "host" and mode == "host" and codec != "raw" else ""
+        tiers[weight.name] = f"{place}/{codec}{there}"
+    return tiers
 
 
 def _describe(name: str, module: nn.Module, mode: str) -> DeviceBlock:
@@ -207,26 +167,18 @@ def _describe(name: str, module: nn.Module, mode: str) -> DeviceBlock:
     for layer in layers:
         stored = _stored_nbytes(layer)
         raw = layer.num_weights
-        is_raw = layer.codec == "raw" or mode in ("host", "raw")
-        device += (raw if is_raw else stored) + _PART_NBYTES
+        codec = payload_info(layer.payload)["codec"]
+        is_raw = codec == "raw" or mode in ("host", "raw")
+        device += (raw if is_raw else stored) + PART_NBYTES
         host += raw if mode == "raw" else layer.payload.nbytes if mode == "host" else stored
         index += stored - layer.payload.nbytes
-        decoded += raw if layer.codec == "zstd" and not is_raw else 0
+        decoded += raw if codec == "zstd" and not is_raw else 0
     return DeviceBlock(name, module, layers, device, host, index, decoded)
 
 
 def _stored_nbytes(layer: CompressedModule) -> int:
     """Of a payload with what it takes to use it on a device; an upper bound."""
-    nbytes = layer.payload.nbytes
-    info = payload_info(layer.payload)
-    if layer.codec == "zstd":
-        return nbytes + int(layer.num_weights * _INDEX_SHARE) + 448 * len(info["chunks"])
-    if layer.codec != "packed":
-        return nbytes
-    exceptions = sum(chunk["exceptions"] for chunk in info["chunks"])
-    tiles = layer.shape[0] / 16 + 2 * len(info["chunks"])
-    index = _EXCEPTION_NBYTES * exceptions + _ROW_NBYTES * (layer.shape[0] + 1)
-    return nbytes + index + int(_TILE_NBYTES * tiles) + 8 * _PART_NBYTES
+    return layer.payload.nbytes + payload_index_nbytes(payload_info(layer.payload))
 
 
 def _outside_nbytes(model: nn.Module, inside: set[int]) -> tuple[int, int]:

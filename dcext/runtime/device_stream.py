@@ -78,6 +78,7 @@ class DeviceStream:
     Attributes:
         handle: by which operators find the stream.
         disk: who reads files, or None.
+        ring_nbytes: host memory that weights are decoded into on their way.
         slots: ``num_slots`` 1-D uint8 tensors on the device, all of the size of the largest unit.
     """
 
@@ -145,6 +146,7 @@ class DeviceStream:
         if has_decoded:
             size = max(panel_nbytes, min(_RING_NBYTES, nbytes))
             ring = _C.empty_weights(_RING_BUFFERS * size).view(_RING_BUFFERS, size)
+        self.ring_nbytes = ring.nbytes
         self.disk: HostStream | None = None
         if origins:
             self.disk = HostStream(origins, reads_nbytes, units=groups)

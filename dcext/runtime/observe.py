@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dcext.codec import encode, payload_info
+from dcext.nn.device import blocks_of
 from dcext.nn.embedding import DCEmbedding
+from dcext.policy.footprint import payload_index_nbytes
 from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.predict import Observed, Unit, place_and_codec
 from dcext.runtime.host_stream import HostStream
@@ -32,27 +34,31 @@ Forward = Callable[[int], object]
 Progress = Callable[[str, float], None]
 
 
-def describe(weights: Sequence[Weight], progress: Progress | None = None) -> list[Unit]:
+def describe(
+    model: nn.Module, weights: Sequence[Weight], progress: Progress | None = None
+) -> list[Unit]:
     """What the policy has to know of each payload: its exact size in every codec, for which it is coded in each.
 
     Args:
-        weights: of a model.
+        model: whose decoder blocks they lie in.
+        weights: of the model.
         progress: called with a name and the share of the whole that it was.
     """
     report = progress or (lambda what, share: None)
     total = sum(weight.module.num_weights for weight in weights)
+    block_of = blocks_of(model)
     units = []
     for weight in weights:
         module = weight.module
         own = payload_info(module.payload)
-        nbytes = {own["codec"]: module.payload.nbytes}
+        known = {own["codec"]: own}
         if weight.origin is not None and weight.file_codec is not None:
-            nbytes[weight.file_codec] = weight.origin.nbytes
-        if len(nbytes) < len(LAYER_CODECS):
+            known[weight.file_codec] = payload_info(weight.origin.view())
+        if len(known) < len(LAYER_CODECS):
             qweight = weight.qweight()
             for codec in LAYER_CODECS:
-                if codec not in nbytes:
-                    nbytes[codec] = encode(qweight, codec).nbytes
+                if codec not in known:
+                    known[codec] = payload_info(encode(qweight, codec))
         looked_up = sum(isinstance(m, DCEmbedding) for m in weight.modules)
         units.append(
             Unit(
@@ -60,7 +66,9 @@ def describe(weights: Sequence[Weight], progress: Progress | None = None) -> lis
                 shape=weight.module.shape,
                 multiplied=len(weight.modules) - looked_up,
                 looked_up=looked_up,
-                nbytes={codec: nbytes[codec] for codec in LAYER_CODECS},
+                nbytes={codec: known[codec]["nbytes"] for codec in LAYER_CODECS},
+                index_nbytes={c: payload_index_nbytes(known[c]) for c in LAYER_CODECS},
+                block=_block_of(weight, block_of),
                 file_codec=weight.file_codec,
                 panels=-(-module.shape[0] // own["panel_rows"]),
                 activations=getattr(module, "activations", "int8"),
@@ -68,6 +76,12 @@ def describe(weights: Sequence[Weight], progress: Progress | None = None) -> lis
         )
         report(weight.name, module.num_weights / total)
     return units
+
+
+def _block_of(weight: Weight, block_of: Mapping[int, str]) -> str | None:
+    """The block of all modules that share a payload; None where they lie in several, or outside."""
+    names = {block_of.get(id(module)) for module in weight.modules}
+    return names.pop() if len(names) == 1 else None
 
 
 def forward_of(model: nn.Module) -> Forward:

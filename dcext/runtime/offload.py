@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from dcext.nn.device import check_device
 from dcext.runtime.budget import format_nbytes, parse_nbytes
-from dcext.runtime.device_offload import place_on_device, plan_device
+from dcext.runtime.device_offload import device_tiers, plan_device
+from dcext.runtime.device_placement import place_on_device
 from dcext.runtime.placement import (
     LEAST_SLOTS_NBYTES,
     OFFLOAD_ATTRIBUTE,
@@ -83,14 +85,18 @@ def _offload_to_device(
     mode: str,
     progress: Callable[[int], None],
 ) -> Offload:
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"offload: device: expected a GPU for device_memory, as torch finds none, got {str(device)!r}"
-        )
-    _weights(model)  # all from files, on the CPU
+    check_device("offload", "device_memory", device)
+    weights = _weights(model)
     mode = "device" if mode == "auto" else mode
     plan = plan_device(model, mode, budget, host_budget)
-    stream = place_on_device(model, plan, device, mode, progress)
+    placed = place_on_device(
+        model,
+        device_tiers(weights, plan, mode),
+        device,
+        plan.reads_nbytes,
+        read=progress,
+        moved=lambda weight: None,
+    )
     tiers = {block.name: "device" for block in plan.resting}
     tiers |= {block.name: "host" for block in plan.traveling}
     tiers |= {block.name: "disk" for block in plan.from_disk}
@@ -100,7 +106,7 @@ def _offload_to_device(
         nbytes=nbytes,
         memory_nbytes=plan.host_nbytes,
         device_nbytes=plan.device_nbytes,
-        device_stream=stream,
+        device_stream=placed.device_stream,
     )
 
 

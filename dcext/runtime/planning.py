@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dcext.policy.decide import Budget, BudgetError, Decider, travel_nbytes
+from dcext.policy.decide import Budget, BudgetError, Decider
 from dcext.policy.machine import Machine, load_machine
 from dcext.policy.measure import tune
 from dcext.policy.plan import Plan
@@ -96,7 +96,8 @@ class Study:
             objective = f"least time in {' and '.join(bounds) or 'unbounded memory'}"
         plans: list[Plan] = []
         # Less to read into leaves more memory for layers.
-        for slots in sorted({LEAST_SLOTS_NBYTES, slots_for(host)}):
+        tried = {slots_for(host)} if on_device else {LEAST_SLOTS_NBYTES, slots_for(host)}
+        for slots in sorted(tried):
             try:
                 plans.append(self._plan(mix, host, device, slots, slowdown, objective, quick))
             except BudgetError as error:
@@ -118,8 +119,7 @@ class Study:
         quick: bool,
     ) -> Plan:
         """With so much memory to read into."""
-        travel = 0 if self.machine.device is None else travel_nbytes(self.units)
-        budget = Budget(host, device, self.others, slots_nbytes, travel)
+        budget = Budget(host, device, self.others, slots_nbytes)
         decider = Decider(self.predictor(slots_nbytes), self.units, mix, self.others)
         if slowdown is None:
             return decider.plan(decider.within(budget, quick=quick), budget, objective)
@@ -154,7 +154,7 @@ def study(
     here = machine is None
     found = _machine(machine)
     describing = DESCRIBING if here else 1.0
-    units = describe(weights, lambda what, share: report(what, describing * share))
+    units = describe(model, weights, lambda what, share: report(what, describing * share))
     observed = Observed()
     if here:
         forward = forward or forward_of(model)

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from dcext.nn.device import check_device
 from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.plan import Plan
-from dcext.policy.predict import place_and_codec
+from dcext.policy.predict import HOST_DECODE, place_and_codec
+from dcext.runtime.device_placement import check_device_tiers, place_on_device
 from dcext.runtime.host_stream import HostStream, StreamedWeight
 from dcext.runtime.passes import gate_of
 from dcext.runtime.placement import (
@@ -19,7 +22,7 @@ from dcext.runtime.placement import (
     offload_of,
     other_nbytes,
 )
-from dcext.runtime.weights import Weight, weights_of
+from dcext.runtime.weights import Weight, all_weights, weights_of
 
 PLAN_ATTRIBUTE = "dcext_plan"
 BATCH_NBYTES = 64 << 20  # of payloads that are made before they are exchanged
@@ -27,17 +30,29 @@ Progress = Callable[[int], None]
 Between = Callable[[], AbstractContextManager[None]]
 
 
-def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> Offload:
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    device: torch.device | str = "cuda",
+    progress: Progress | None = None,
+) -> Offload:
     """Moves every layer to its tier: recoded, unpacked, read into memory or left on the disk. Outputs stay the same bits.
 
-    May be called while the model runs in another thread: layers are exchanged between passes only, those that make room
-    first and a few at a time, so that memory never holds the model twice. What fails leaves a model that computes the same,
-    some layers moved and some not. Knowing of passes takes hooks on the model: ``torch.compile`` of the whole model has graph
-    breaks there (compile ``model.forward``, or without ``fullgraph``).
+    May be called while the model runs in another thread: layers are exchanged between passes only. Knowing of passes takes
+    hooks on the model: ``torch.compile`` of the whole model has graph breaks there (compile ``model.forward``, or without
+    ``fullgraph``).
+
+    On the CPU, layers that make room move first and a few at a time, so that memory never holds the model twice; what fails
+    leaves a model that computes the same, some layers moved and some not. A plan for a device moves the model there, block
+    by block and between two passes; what fails leaves a model that does not run until a plan is applied. Call its blocks
+    then, not layers inside of them (never run on a GPU yet).
 
     Args:
-        model: a compressed model on the CPU, any tiers.
-        plan: from ``dcext.plan`` or ``dcext.policy.plan.load_plan``. Layers that it does not name stay.
+        model: a compressed model on the CPU, any tiers; of a plan for a device, also on that device.
+        plan: from ``dcext.plan`` or ``dcext.policy.plan.load_plan``. Layers that it does not name stay; a plan for a device
+            names all.
+        device: where the model runs, of a plan for a device.
         progress: called with the number of INT8 bytes whose layers are done since the last call.
 
     Returns:
@@ -45,21 +60,27 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
 
     Raises:
         FormatError: a file is damaged.
-        ValueError: a layer or tier that the model does not have, or a plan for a device.
+        RuntimeError: there is no such device.
+        ValueError: a layer or tier that the model does not have, or that cannot be where the model runs.
     """
-    weights = weights_of(model)
-    _check(plan.tiers, weights)
-    moves = {weight.name: plan.tiers.get(weight.name, weight.tier) for weight in weights}
-    gate = gate_of(model)
+    weights = all_weights(model) if plan.on_device else weights_of(model)
+    _check(plan, weights)
     report = progress or (lambda nbytes: None)
-    result = retier(
-        model,
-        weights,
-        moves,
-        plan.slots_nbytes,
-        between=gate.between_passes,
-        moved=lambda weight: report(weight.module.num_weights),
-    )
+
+    def moved(weight: Weight) -> None:
+        report(weight.module.num_weights)
+
+    if plan.on_device:
+        check_device("apply", "a plan for one", device := torch.device(device))
+        check_device_tiers(model, weights, plan.tiers)
+        with gate_of(model).between_passes():
+            result = place_on_device(
+                model, plan.tiers, device, plan.slots_nbytes, read=lambda nbytes: None, moved=moved
+            )
+    else:
+        moves = {weight.name: plan.tiers.get(weight.name, weight.tier) for weight in weights}
+        between = gate_of(model).between_passes
+        result = retier(model, weights, moves, plan.slots_nbytes, between=between, moved=moved)
     setattr(model, PLAN_ATTRIBUTE, plan)
     return result
 
@@ -69,16 +90,19 @@ def plan_of(model: Any) -> Plan | None:
     return getattr(model, PLAN_ATTRIBUTE, None)
 
 
-def _check(tiers: Mapping[str, str], weights: list[Weight]) -> None:
+def _check(plan: Plan, weights: list[Weight]) -> None:
     by_name = {weight.name: weight for weight in weights}
-    for name, tier in tiers.items():
+    places = ("device", "host", "disk") if plan.on_device else ("memory", "disk")
+    for name, tier in plan.tiers.items():
         if name not in by_name:
             raise ValueError(f"plan: {name}: expected a compressed layer of the model, found none")
         place, codec = place_and_codec(tier)
-        if place not in ("memory", "disk") or codec not in LAYER_CODECS:
+        is_known = (tier == HOST_DECODE and plan.on_device) or tier == f"{place}/{codec}"
+        if place not in places or codec not in LAYER_CODECS or not is_known:
+            known = " or ".join(f"{place}/CODEC" for place in places)
+            where = "a device" if plan.on_device else "the CPU"
             raise ValueError(
-                f"plan: {name}: expected memory/CODEC or disk/CODEC with a codec of {LAYER_CODECS}, as the model runs on the "
-                f"CPU, found {tier!r}"
+                f"plan: {name}: expected {known} with a codec of {LAYER_CODECS}, as the model runs on {where}, found {tier!r}"
             )
         found = by_name[name].file_codec
         if place == "disk" and codec != found:

@@ -19,7 +19,6 @@ from dcext.runtime.origin import Origin
 if TYPE_CHECKING:
     from dcext.kernels.packed_weight import PackedWeight
 
-MODES = ("auto", "device", "host", "raw")
 _CPU = torch.device("cpu")
 
 Part = Tensor | HostDecoded | FromFile
@@ -27,19 +26,20 @@ Part = Tensor | HostDecoded | FromFile
 Rebuild = Callable[[list[Tensor]], "IndexedWeight | PackedWeight"]
 
 
-def travel_parts(payload: Tensor, mode: str, device: torch.device) -> tuple[list[Part], Rebuild]:
+def travel_parts(
+    payload: Tensor, device: torch.device, *, decoded: bool
+) -> tuple[list[Part], Rebuild]:
     """What of a weight travels, and what becomes of it there.
 
     Args:
-        payload: verified, on the CPU.
-        mode: ``"device"``: as it is stored, with its index, to be decoded there; ``"host"``: decoded on its way;
-            ``"raw"``: decoded now.
+        payload: verified, on the CPU. Codec raw travels as the matrix, others with their index.
         device: where it travels to.
+        decoded: whether the host decodes it on its way.
     """
     codec = payload_info(payload)["codec"]
-    if mode == "host" and codec != "raw":
+    if decoded and codec != "raw":
         return [HostDecoded(payload)], lambda views: IndexedWeight.dense(views[0], device)
-    if mode == "raw" or codec == "raw":
+    if codec == "raw":
         qweight = decode(payload, verify=False)
         return [qweight], lambda views: IndexedWeight.dense(views[0], device)
     weight = rest_on(payload, _CPU)
@@ -66,7 +66,7 @@ def file_parts(origin: Origin, device: torch.device) -> tuple[list[Part], Rebuil
             )
         if weight.index is None or weight.codec == "raw":
             raise ValueError(
-                f"offload: {origin.name}: expected frames without matches, which a device can decode from a file, found others"
+                f"{origin.name}: expected frames without matches, which a device can decode from a file, found others"
             )
     parts, rebuild = (
         _indexed_parts(weight, device)
@@ -105,6 +105,8 @@ def _packed_parts(weight: PackedWeight) -> tuple[list[Part], Rebuild]:
 class TravelingBlock:
     """A block and its unit of a stream: fetched when the block is called, given back when its slot is read no more.
 
+    Other layers of the block may rest on the device.
+
     Attributes:
         in_use: whether the weights are in the slot for those who enqueue work now.
     """
@@ -116,27 +118,33 @@ class TravelingBlock:
         self.in_use = False
         self.stream: DeviceStream | None = None
         self.parts: list[Part] = []
-        self._layers: list[tuple[CompressedModule, slice, Rebuild]] = []
+        self._layers: list[tuple[CompressedModule, str, slice, Rebuild]] = []
         self._hooks: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TravelingBlock:
         return copy.copy(self)
 
     def add(
-        self, layer: CompressedModule, payload: Tensor, mode: str, device: torch.device
-    ) -> None:
-        """Adds a layer of the block."""
-        parts, rebuild = travel_parts(payload, mode, device)
-        self._add(layer, parts, rebuild)
+        self, layer: CompressedModule, payload: Tensor, device: torch.device, *, decoded: bool
+    ) -> list[Part]:
+        """Adds a layer of the block, see ``travel_parts``; returns its parts."""
+        codec = payload_info(payload)["codec"]
+        return self._add(layer, codec, *travel_parts(payload, device, decoded=decoded))
 
-    def add_from_file(self, layer: CompressedModule, origin: Origin, device: torch.device) -> None:
-        """Adds a layer whose payload stays in its file."""
-        self._add(layer, *file_parts(origin, device))
+    def add_from_file(
+        self, layer: CompressedModule, origin: Origin, device: torch.device
+    ) -> list[Part]:
+        """Adds a layer whose payload stays in its file; returns its parts."""
+        codec = payload_info(origin.view())["codec"]
+        return self._add(layer, codec, *file_parts(origin, device))
 
-    def _add(self, layer: CompressedModule, parts: list[Part], rebuild: Rebuild) -> None:
+    def _add(
+        self, layer: CompressedModule, codec: str, parts: list[Part], rebuild: Rebuild
+    ) -> list[Part]:
         begin = len(self.parts)
         self.parts += parts
-        self._layers.append((layer, slice(begin, begin + len(parts)), rebuild))
+        self._layers.append((layer, codec, slice(begin, begin + len(parts)), rebuild))
+        return parts
 
     def take_parts(self) -> list[Part]:
         """The parts, which are forgotten here."""
@@ -148,10 +156,10 @@ class TravelingBlock:
         self.stream = stream
         views = stream.parts(self.unit)
         weights = []
-        for layer, places, rebuild in self._layers:
+        for layer, codec, places, rebuild in self._layers:
             weight = rebuild(views[places])
             weights.append(weight)
-            layer.travel(weight, self)
+            layer.travel(weight, codec, self)
         # Frames are decoded at the beginning, by one launch; what is multiplied in the slot stays until the end.
         decoded_first = all(
             isinstance(weight, IndexedWeight) and weight.view is None for weight in weights
@@ -163,12 +171,13 @@ class TravelingBlock:
         self._hooks.append(self.block.register_forward_hook(self._give_back, always_call=True))
 
     def stop(self) -> None:
-        """Takes the hooks away."""
+        """Takes the hooks away; the layers that travel wait in their files then."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for layer, _, _ in self._layers:
-            layer.travels_with = None
+        for layer, *_ in self._layers:
+            layer.wait_in_file()
+        self.stream = None
 
     def _fetch(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         assert self.stream is not None

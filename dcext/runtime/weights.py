@@ -54,20 +54,22 @@ class Weight:
         return all(isinstance(module, DCEmbedding) for module in self.modules)
 
     def qweight(self) -> Tensor:
-        """Its integers ``(out_features, in_features)`` int8, decoded from where they are."""
-        if self.module.is_in_file and self.origin is not None:
+        """Its integers ``(out_features, in_features)`` int8 on the CPU, decoded from where they are, or from their file."""
+        module = self.module
+        if self.origin is not None and (module.is_in_file or module.payload.device.type != "cpu"):
             return decode(self.origin.view())
-        return self.module.qweight()
+        return module.qweight().cpu()
 
     def payload(self, codec: str, progress: Callable[[int], None] | None = None) -> Tensor:
-        """A payload of a codec in memory: the module's own, or read from the file, or coded anew.
+        """A payload of a codec in host memory: the module's own, or read from the file, or coded anew.
 
         Args:
             codec: ``"raw"``, ``"packed"`` or ``"zstd"``.
             progress: called with the bytes that were read from a file.
         """
-        if self.module.codec == codec and not self.module.is_in_file:
-            return self.module.payload
+        module = self.module
+        if module.codec == codec and not module.is_in_file and module.payload.device.type == "cpu":
+            return module.payload
         with torch.inference_mode(False):  # what is made in it could not be moved outside of it
             if self.origin is not None and self.file_codec == codec:
                 return self.origin.load(progress)
@@ -80,17 +82,29 @@ class Weight:
 
 
 def weights_of(model: nn.Module) -> list[Weight]:
-    """All payloads, in the order of the modules that use them.
+    """All payloads of a model on the CPU, in the order of the modules that use them.
 
     Raises:
         ValueError: a module is not on the CPU, or none is compressed.
+    """
+    weights = all_weights(model)
+    for weight in weights:
+        device = weight.module.row_scale.device
+        if device.type != "cpu":
+            raise ValueError(f"{weight.name}: expected the CPU, got a module on {device}")
+    return weights
+
+
+def all_weights(model: nn.Module) -> list[Weight]:
+    """The same of a model that may be on a device.
+
+    Raises:
+        ValueError: none is compressed.
     """
     found: dict[object, Weight] = {}
     for name, module in model.named_modules():
         if not isinstance(module, CompressedModule):
             continue
-        if module.row_scale.device.type != "cpu":
-            raise ValueError(f"{name}: expected the CPU, got a module on {module.row_scale.device}")
         origin = module.origin
         key = id(module.payload) if origin is None else (id(origin.reader), origin.name)
         if key in found:
