@@ -19,7 +19,7 @@ from dcext.format import CheckpointReader, write_checkpoint
 from dcext.format.manifest import FORMAT_VERSION, parse_json_object
 from dcext.nn import DCEmbedding, DCLinear
 from dcext.nn.compressed import CompressedModule, storage_form
-from dcext.nn.device import place
+from dcext.nn.device import check_device, place
 from dcext.policy.plan import Plan
 from dcext.quantize.report import CompressionReport
 from dcext.runtime.budget import parse_nbytes
@@ -118,7 +118,7 @@ def from_pretrained(
         host_memory: bytes for weights, or a size such as ``"4GiB"``; None for as much as they need.
         device_memory: the same on the device.
         mode: with ``device_memory``, how weights travel: ``"auto"``, ``"device"``, ``"host"`` or ``"raw"``.
-        plan: where each layer is to be, from ``dcext.plan``, instead of the budgets.
+        plan: where each layer is to be, from ``dcext.plan``, instead of the budgets; for the CPU or for ``device``.
         page_cache: with ``host_memory`` on the CPU, whether the system may also keep files in memory that is not counted.
         progress: called with the number of bytes loaded since the last call.
 
@@ -131,8 +131,10 @@ def from_pretrained(
         FileNotFoundError: no such folder.
         FormatError: not a dcext checkpoint, or one that is damaged: file and tensor, expected and found.
     """
-    _check_budgets(torch.device(device), host_memory, device_memory, plan)
     has_budget = host_memory is not None or device_memory is not None
+    if plan is not None:
+        _check_plan(torch.device(device), plan, has_budget)
+    _check_budgets(torch.device(device), host_memory, device_memory)
     in_files = has_budget or plan is not None
     reader = CheckpointReader(directory)
     if "config.json" not in reader.file_names:
@@ -156,7 +158,7 @@ def from_pretrained(
     if dtype is not None:
         model.to(dtype)
     if plan is not None:
-        apply(model, plan)
+        apply(model, plan, device=device)
         return model.eval()
     if not has_budget:
         place(model, device)
@@ -173,19 +175,25 @@ def from_pretrained(
     return model.eval()
 
 
+def _check_plan(device: torch.device, plan: Plan, has_budget: bool) -> None:
+    """Before anything is read."""
+    if has_budget:
+        raise ValueError("from_pretrained: plan: expected no budget beside it, got one")
+    if plan.on_device and device.type == "cpu":
+        raise ValueError(
+            f"from_pretrained: device: expected a device beside a plan for one, got {str(device)!r}"
+        )
+    if not plan.on_device and device.type != "cpu":
+        raise ValueError(
+            f"from_pretrained: device: expected 'cpu' beside a plan for it, got {str(device)!r}"
+        )
+    check_device("from_pretrained", "a plan for one", device)
+
+
 def _check_budgets(
-    device: torch.device,
-    host_memory: int | str | None,
-    device_memory: int | str | None,
-    plan: Plan | None,
+    device: torch.device, host_memory: int | str | None, device_memory: int | str | None
 ) -> None:
     """Before anything is read."""
-    has_budget = host_memory is not None or device_memory is not None
-    if plan is not None and (has_budget or device.type != "cpu"):
-        raise ValueError(
-            f"from_pretrained: plan: expected no budget and device 'cpu' beside it, got host_memory {host_memory!r}, "
-            f"device_memory {device_memory!r}, device {str(device)!r}"
-        )
     for name, size in (("host_memory", host_memory), ("device_memory", device_memory)):
         if size is not None:
             parse_nbytes(name, size)

@@ -72,6 +72,17 @@ def test_offload(tmp_path):
         assert (tmp_path / row["trace"]).stat().st_size > 0
 
 
+@requires_interpreter
+def test_policy(tmp_path):
+    report, printed = smoke("policy.py", tmp_path)
+    assert len(report["rows"]) == 4
+    for row in report["rows"]:
+        for tokens in ("1", "2"):
+            assert row[tokens]["predicted_ms"] > 0, row
+            assert row[tokens]["device_nbytes"] <= row[tokens]["planned_device_nbytes"]
+    assert "drawn 0" in printed
+
+
 def test_decode(tmp_path):
     report, output = smoke("decode.py", tmp_path)
     single, block = report["rows"]

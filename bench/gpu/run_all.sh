@@ -6,7 +6,7 @@
 #   --output DIR       where logs and figures go; by default bench/results/gpu
 #   --limit SECONDS    for everything, by default 570; a step that does not fit any more is left out, and said so.
 #                      With more, steps may take more
-#   --steps "STEP .."  some of: build tests memcheck racecheck compile decode gemm link model offload ptx; by default all
+#   --steps "STEP .."  some of: build tests memcheck racecheck compile decode gemm link model offload policy ptx; by default all
 #   --smoke            tiny sizes, also without a GPU, with the extension that is there: figures mean nothing
 #
 # PYTHON names the Python, by default .venv/bin/python or python3, the first whose torch sees a GPU. What
@@ -19,7 +19,7 @@ kit=$root/build/gpu-kit
 output=$root/bench/results/gpu
 standard_limit=570
 limit=$standard_limit
-steps="build tests memcheck racecheck compile decode gemm link model offload ptx"
+steps="build tests memcheck racecheck compile decode gemm link model offload policy ptx"
 known=" $steps "
 smoke=""
 
@@ -112,7 +112,7 @@ fi
 
 mkdir -p "$output"
 output=$(cd "$output" && pwd)
-rm -f "$output"/{build,tests,sanitizer,run}.log "$output"/{decode,gemm,link,model,offload,summary}.json
+rm -f "$output"/{build,tests,sanitizer,run}.log "$output"/{decode,gemm,link,model,offload,policy,summary}.json
 cd "$root"
 echo "${gpu:-no GPU}, $("$python" --version), $limit s, output in $output" | tee "$output/run.log"
 
@@ -120,7 +120,7 @@ echo "${gpu:-no GPU}, $("$python" --version), $limit s, output in $output" | tee
 
 names=() states=() seconds=()
 # What later steps are to have left, at least, so that a slow one does not take it all.
-declare -A least=([build]=60 [tests]=40 [memcheck]=20 [racecheck]=20 [compile]=20 [decode]=40 [gemm]=40 [link]=25 [model]=40 [offload]=50 [ptx]=0)
+declare -A least=([build]=60 [tests]=40 [memcheck]=20 [racecheck]=20 [compile]=20 [decode]=40 [gemm]=40 [link]=25 [model]=40 [offload]=50 [policy]=60 [ptx]=0)
 
 say() { echo "$*" | tee -a "$output/run.log"; }
 
@@ -227,7 +227,7 @@ sanitize() {  # tool of compute-sanitizer
 }
 
 if [ -z "$smoke" ] && wanted build; then build; fi
-pytest_step tests 110 tests/test_cuda_ops.py tests/test_seek_index.py tests/test_resting.py tests/test_traveling.py \
+pytest_step tests 110 tests/test_cuda_ops.py tests/test_seek_index.py tests/test_resting.py tests/test_traveling.py tests/test_device_plans.py \
   tests/test_int8_gemm_triton.py tests/test_packed_triton.py
 sanitize memcheck
 sanitize racecheck
@@ -237,6 +237,7 @@ run gemm 70 run.log "$python" "$here/gemm.py" $smoke --output "$output/gemm.json
 run link 45 run.log "$python" "$here/link.py" $smoke --output "$output/link.json" --seconds ALLOWED
 run model 90 run.log "$python" "$here/model.py" $smoke --output "$output/model.json" --seconds ALLOWED
 run offload 120 run.log "$python" "$here/offload.py" $smoke --output "$output/offload.json" --seconds ALLOWED
+run policy 100 run.log "$python" "$here/policy.py" $smoke --output "$output/policy.json" --seconds ALLOWED
 # Without a GPU they say the same: last, if there is time.
 pytest_step ptx 90 tests/test_int8_gemm_ptx.py tests/test_packed_ptx.py
 

@@ -38,7 +38,10 @@ HostBudget = Annotated[
 ]
 DeviceBudget = Annotated[
     str | None,
-    typer.Option(help="The same on the device of a --machine that has one.", metavar="SIZE"),
+    typer.Option(
+        help="The same on the GPU, which the model is to run on: this machine's, or a --machine's.",
+        metavar="SIZE",
+    ),
 ]
 MachineOption = Annotated[
     str | None,
@@ -105,6 +108,9 @@ def tune(
             help="On the disk that is measured; by default the cache's.", metavar="[FOLDER]"
         ),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Also measure a GPU, where models run: cuda, cuda:1 ..")
+    ] = None,
     refresh: Annotated[
         bool,
         typer.Option(help="Measure again, though figures of this machine and build are known."),
@@ -118,7 +124,7 @@ def tune(
     from dcext.policy.measure import tune as measured
 
     with share_progress("measuring") as advance:
-        machine = measured(folder, refresh=refresh, progress=advance)
+        machine = measured(folder, device=device, refresh=refresh, progress=advance)
     if output is not None:
         machine.save(output)
     if as_json:
@@ -196,9 +202,12 @@ def plan(
         )
     if measure and (machine is not None or shapes is not None):
         raise ValueError("--measure: expected a model and this machine, got --machine or --shapes")
+    if measure and device_memory is not None:
+        raise ValueError("--measure: expected a plan for the CPU, got --device-memory")
     mix = parse_mix(tokens)
     if folder is not None:
-        model, forward, studied = _study(folder, mix, machine)
+        on_device = device_memory is not None
+        model, forward, studied = _study(folder, mix, machine, on_device)
     else:
         model, forward, studied = None, None, _study_of_shapes(str(shapes), machine)
     made = studied.plan(
@@ -226,17 +235,20 @@ def plan(
         print(text)
 
 
-def _study(folder: str, mix: Mapping[int, float], machine: str | None) -> tuple[Any, Any, Any]:
+def _study(
+    folder: str, mix: Mapping[int, float], machine: str | None, on_device: bool
+) -> tuple[Any, Any, Any]:
     """The model, what runs a pass of it, and what the policy knows of both."""
     import dcext
     from dcext.format import CheckpointReader
     from dcext.runtime.observe import forward_of
-    from dcext.runtime.planning import study
+    from dcext.runtime.planning import DEVICE, study
 
     with byte_progress("loading", CheckpointReader(folder).tensor_nbytes) as advance:
         model = dcext.from_pretrained(folder, progress=advance)
     with share_progress("studying") as report:
-        studied = study(model, tuple(mix), machine=machine, progress=report)
+        device = DEVICE if on_device else None
+        studied = study(model, tuple(mix), machine=machine, device=device, progress=report)
     return model, forward_of(model), studied
 
 

@@ -42,7 +42,8 @@ ModeOption = Annotated[
 PlanOption = Annotated[
     Path | None,
     typer.Option(
-        help="Where each layer is to be: a file that `dcext plan -o` wrote.", metavar="FILE"
+        help="Where each layer is to be: a file that `dcext plan -o` wrote; with --device cuda where it is for a GPU.",
+        metavar="FILE",
     ),
 ]
 PageCacheOption = Annotated[

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,10 @@ from dcext import _C
 from dcext.build import cpu_name, set_num_threads
 from dcext.codec import decode, encode, verify_payload
 from dcext.errors import FormatError
+from dcext.nn.device import check_device
 from dcext.policy.machine import LAYER_CODECS, MEASURED, Machine, Processor, load_machine
+from dcext.policy.measure_device import device_name, measure_device
+from dcext.policy.timing import timed
 
 TOKENS = (1, 4, 16, 64, 256)
 # A layer of 4 MiB, and so many copies that none is in a cache when its turn comes.
@@ -35,34 +36,8 @@ SIGMA = 3.017
 # For codec packed: 16 levels, denser in the middle, and an exception in 500, as recipe rate makes.
 LEVELS = (-23, -17, -13, -10, -7, -5, -3, -1, 1, 3, 5, 7, 10, 13, 17, 23)
 LEVELS_SIGMA, EXCEPTIONS = 8.5, 500
-REPEATS = (5, 60)
 SECONDS_OF_A_FIGURE = 0.12
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Seconds, the median of several, and how uncertain: half of the range from the 20th to the 80th percentile."""
-
-    seconds: float
-    spread: float
-
-
-def timed(functions: Sequence[Callable[[], object]], budget_s: float) -> Figure:
-    """Calls one function after the other, again and again, for about so long; the very first call is not counted."""
-    functions[-1]()
-    taken: list[float] = []
-    end = time.perf_counter() + budget_s
-    least, most = REPEATS
-    while len(taken) < least or (time.perf_counter() < end and len(taken) < most * len(functions)):
-        function = functions[len(taken) % len(functions)]
-        begin = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - begin)
-    taken.sort()
-    low, high = taken[len(taken) // 5], taken[-1 - len(taken) // 5]
-    median = statistics.median(taken)
-    return Figure(median, (high - low) / 2 / median)
 
 
 def cache_path(identity: dict[str, Any]) -> Path:
@@ -74,9 +49,10 @@ def cache_path(identity: dict[str, Any]) -> Path:
     return Path(base).expanduser().resolve() / "machines" / f"{digest[:16]}.json"
 
 
-def machine_identity(folder: Path) -> dict[str, Any]:
-    """What must be equal for figures to hold: processor, CPUs, build, torch, and the disk of a folder."""
+def machine_identity(folder: Path, device: torch.device | None = None) -> dict[str, Any]:
+    """What must be equal for figures to hold: processor, CPUs, build, torch, the disk of a folder, and the device."""
     extension = Path(_C.__file__)
+    on_device = {} if device is None else {"device": device_name(device)}
     return {
         "cpu": cpu_name(),
         "cpus": _C.available_cpus(),
@@ -84,42 +60,71 @@ def machine_identity(folder: Path) -> dict[str, Any]:
         "build": hashlib.sha256(extension.read_bytes()).hexdigest()[:16],
         "torch": torch.__version__,
         "disk": folder.stat().st_dev,
+        **on_device,
     }
 
 
 def tune(
     folder: str | Path | None = None,
     *,
+    device: torch.device | str | None = None,
     refresh: bool = False,
     progress: Progress | None = None,
 ) -> Machine:
     """The figures of this machine; measured unless they are in the cache already, for this machine and this build.
 
     Measures memory, disk and checksums, and for 1 thread, half and all of torch's: decoding in the cache and layers of
-    each codec at 1 to 256 tokens. Takes about five seconds.
+    each codec at 1 to 256 tokens. Takes about five seconds. With a device, also its memory and decoding, layers there at 1
+    to 1024 tokens, and the link to it.
 
     Args:
         folder: on the disk that is measured, with room for 256 MiB; None for the cache's. The file is removed.
+        device: that models run on, such as ``"cuda"``; None for the CPU.
         refresh: whether to measure even so.
         progress: called with what is done and its share of all.
 
     Raises:
         OSError: the folder cannot be written to.
+        RuntimeError: there is no such device.
     """
+    on = None if device is None else torch.device(device)
+    if on is not None:
+        check_device("tune", "its figures", on)
     place = Path(folder) if folder is not None else cache_path({}).parent
     if folder is None:
         place.mkdir(parents=True, exist_ok=True)
-    identity = machine_identity(place)
+    identity = machine_identity(place, on)
     path = cache_path(identity)
     if not refresh and path.exists():
         try:
             return load_machine(path)
         except FormatError:  # of another version, or damaged: it is measured anew
             pass
-    machine = _measure(place, identity, progress or (lambda what, share: None))
+    report = progress or (lambda what, share: None)
+    if on is None:
+        machine = _measure(place, identity, report)
+    else:
+        here = tune(folder, refresh=refresh, progress=lambda what, share: report(what, share / 2))
+        machine = _with_device(here, identity, on)
+        report(identity["device"], 0.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     machine.save(path)
     return machine
+
+
+def _with_device(here: Machine, identity: dict[str, Any], device: torch.device) -> Machine:
+    measured, link_gbps, spread = measure_device(drawn_weights, device, SECONDS_OF_A_FIGURE)
+    link = {"link_gbps": spread.pop("link_gbps")}
+    of_device = {f"device.{name}": value for name, value in spread.items()}
+    return replace(
+        here,
+        name=f"{identity['device']}, {here.name}",
+        device=measured,
+        link_gbps=link_gbps,
+        uncertainty={**here.uncertainty, **link, **of_device},
+        identity=identity,
+        notes=f"{here.notes}; on the device blocks of layers, called from Python",
+    )
 
 
 def _measure(folder: Path, identity: dict[str, Any], progress: Progress) -> Machine:

@@ -7,7 +7,7 @@ disk, and the host where it decodes for a device. A pass in which they overlap t
 
 and one in which they wait for each other the sum of all. Where a CPU reads layers from the disk, ``dcext.policy.timeline``
 adds what cannot overlap, since no more is read ahead than its slots hold. ``other_s`` is what is not a compressed layer: attention, norms,
-Python. For one layer of M int8 bytes, ratio r, link B_l and decode B_d these are the design's ``max(L, D, T_c)`` and
+Python. What comes over the link to a device is decoded there with an index, whose bytes come along. For one layer of M int8 bytes, ratio r, link B_l and decode B_d these are the design's ``max(L, D, T_c)`` and
 ``L + D + T_c`` with ``L = M / (r B_l)``, ``D = M / B_d``.
 """
 

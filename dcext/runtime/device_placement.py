@@ -86,6 +86,7 @@ class _Carrier:
                 self.waiting_nbytes += part.nbytes
 
 
+@torch.inference_mode(False)  # what is made in it could not be changed outside of it
 def place_on_device(
     model: nn.Module,
     tiers: Mapping[str, str],
@@ -124,9 +125,9 @@ def place_on_device(
         for module in weight.modules:
             module.wait_in_file()
     carrier = _Carrier(tiers, device, read, moved)
-    for weight in weights:
-        if _rests(tiers[weight.name]):
-            carrier.rest(weight)
+    resting = [weight for weight in weights if _rests(tiers[weight.name])]
+    for weight in sorted(resting, key=lambda weight: tiers[weight.name] == "device/raw"):
+        carrier.rest(weight)  # what makes room first
     blocks = named_blocks(model)
     for block in blocks.values():
         batch_decodes(block)

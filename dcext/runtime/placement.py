@@ -54,11 +54,11 @@ class Offload:
     """Where the weights of a model are, and what streaming them took.
 
     Attributes:
-        tiers: ``"memory"`` or ``"disk"`` for each payload, by the name of its module; with ``device_memory`` ``"device"``,
-            ``"host"`` or ``"disk"`` for each decoder block; the rest is on the device.
-        nbytes: bytes of each.
+        tiers: ``"memory"`` or ``"disk"`` for each payload, by the name of its module; on a device ``"device"``, ``"host"`` or
+            ``"disk"``. After ``offload`` with ``device_memory`` of each decoder block instead; the rest is on the device.
+        nbytes: bytes of each; of what travels to a device, those that are copied.
         memory_nbytes: bytes of weights in host memory: payloads, all that is not compressed, and room for reads.
-        device_nbytes: bytes of weights on the device, slots and room to decode; 0 without ``device_memory``.
+        device_nbytes: bytes of weights on the device, slots and room to decode; 0 without one.
         stream: None where nothing is read from files.
         device_stream: None where nothing travels to a device.
     """

@@ -31,6 +31,7 @@ from dcext.runtime.observe import (
 from dcext.runtime.placement import LEAST_SLOTS_NBYTES, SLOTS_NBYTES, other_nbytes, slots_for
 from dcext.runtime.weights import weights_of
 
+DEVICE = "cuda"  # that device_memory is of, on this machine
 FREE_SHARE = 0.8  # of free memory, what an automatic plan takes
 STALLED = 0.1  # share of a pass spent waiting from which the disk is what binds
 DESCRIBING, OBSERVING = 0.5, 0.5  # shares of the work
@@ -85,9 +86,12 @@ class Study:
         if slowdown is not None and slowdown < 0:
             raise ValueError(f"slowdown: expected at least 0, got {slowdown}")
         objective = "least time in the memory that is free"
-        if host is None and slowdown is None and not on_device and self.machine.identity:
-            host = int(FREE_SHARE * (free_memory() + self.others + self.resident))
-            objective += f", {format_nbytes(host)}"
+        free = host is None and slowdown is None and bool(self.machine.identity)
+        if free:
+            own = self.resident + self.others * (not on_device)
+            host = int(FREE_SHARE * (free_memory() + own))
+        if free and not on_device:
+            objective += f", {format_nbytes(host or 0)}"
         elif slowdown is None:
             sizes = [("host", host), ("device", device)]
             bounds = [
@@ -145,14 +149,15 @@ def study(
     lengths: tuple[int, ...],
     *,
     machine: Machine | str | Path | None = None,
+    device: str | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> Study:
-    """Describes a model and takes its times, see ``plan``."""
+    """Describes a model and takes its times, see ``plan``; where it is to run on a device of this machine, no times."""
     report = progress or (lambda what, share: None)
     weights = weights_of(model)
-    here = machine is None
-    found = _machine(machine)
+    here = machine is None and device is None
+    found = _machine(machine, device)
     describing = DESCRIBING if here else 1.0
     units = describe(model, weights, lambda what, share: report(what, describing * share))
     observed = Observed()
@@ -244,9 +249,9 @@ def study_of_units(
     return Study(units, _machine(machine), Observed(), others)
 
 
-def _machine(machine: Machine | str | Path | None) -> Machine:
+def _machine(machine: Machine | str | Path | None, device: str | None = None) -> Machine:
     if machine is None:
-        return tune()
+        return tune() if device is None else tune(device=device)
     if isinstance(machine, Machine):
         return machine
     return load_machine(machine) if Path(machine).is_file() else preset(str(machine))
@@ -273,12 +278,13 @@ def plan(
     Args:
         model: a compressed model on the CPU.
         host_memory: bytes for weights, or a size such as ``"4GiB"``; None for what is free, if there is no ``slowdown``.
-        device_memory: the same on the device, on a ``machine`` that has one.
+        device_memory: the same on the device of ``machine``, or on this machine's GPU, where the model is to run.
         slowdown: least memory instead of least time: a pass may take so much longer than with plain INT8 in memory (0.05
             is 5 %); the budgets are kept as well.
         tokens: of a forward pass.
         mix: how many passes there are of each number of tokens, instead: ``{1: 200, 512: 1}``.
-        machine: a machine to plan for, its JSON file, or a preset's name; None for this one, measured (``tune``).
+        machine: a machine to plan for, its JSON file, or a preset's name; None for this one, measured (``tune``), with its
+            GPU if there is ``device_memory``. Times of the model itself are taken on the CPU only.
         forward: runs a pass of so many tokens, for models that are not language models of transformers.
         progress: called with what is done and its share of the whole.
 
@@ -287,10 +293,14 @@ def plan(
 
     Raises:
         BudgetError: nothing fits: by how much.
+        RuntimeError: there is ``device_memory``, and neither a ``machine`` nor a GPU.
         ValueError: an argument is not as above.
     """
     lengths = tuple(checked_mix(tokens, mix))
-    studied = study(model, lengths, machine=machine, forward=forward, progress=progress)
+    device = None if device_memory is None else DEVICE
+    studied = study(
+        model, lengths, machine=machine, device=device, forward=forward, progress=progress
+    )
     return studied.plan(
         host_memory=host_memory,
         device_memory=device_memory,
