@@ -6,9 +6,10 @@ disk, and the host where it decodes for a device. A pass in which they overlap t
     pipelined_s = max(other_s + sum compute_s, sum link_s, sum disk_s, sum host_s)
 
 and one in which they wait for each other the sum of all. Where a CPU reads layers from the disk, ``dcext.policy.timeline``
-adds what cannot overlap, since no more is read ahead than its slots hold. ``other_s`` is what is not a compressed layer: attention, norms,
-Python. What comes over the link to a device is decoded there with an index, whose bytes come along. For one layer of M int8 bytes, ratio r, link B_l and decode B_d these are the design's ``max(L, D, T_c)`` and
-``L + D + T_c`` with ``L = M / (r B_l)``, ``D = M / B_d``.
+adds what cannot overlap, since no more is read ahead than its slots hold. ``other_s`` is what is not a compressed layer:
+attention, norms, Python. What is decoded on a device brings its index over the link, too. For one layer of M int8 bytes,
+ratio r, link B_l and decode B_d these are the design's ``max(L, D, T_c)`` and ``L + D + T_c`` with ``L = M / (r B_l)``,
+``D = M / B_d``.
 """
 
 from __future__ import annotations
