@@ -206,10 +206,13 @@ def plan(
         raise ValueError("--measure: expected a plan for the CPU, got --device-memory")
     mix = parse_mix(tokens)
     if folder is not None:
-        on_device = device_memory is not None
-        model, forward, studied = _study(folder, mix, machine, on_device)
+        model, forward, studied = _study(folder, mix, machine, device_memory is not None)
     else:
-        model, forward, studied = None, None, _study_of_shapes(str(shapes), machine)
+        model, forward, studied = (
+            None,
+            None,
+            _study_of_shapes(str(shapes), machine, device_memory is not None),
+        )
     made = studied.plan(
         host_memory=host_memory,
         device_memory=device_memory,
@@ -252,12 +255,12 @@ def _study(
     return model, forward_of(model), studied
 
 
-def _study_of_shapes(name: str, machine: str | None) -> Any:
+def _study_of_shapes(name: str, machine: str | None, on_device: bool) -> Any:
     from dcext.policy.shapes import units_of
-    from dcext.runtime.planning import study_of_units
+    from dcext.runtime.planning import DEVICE, study_of_units
 
     units, others = units_of(name)
-    return study_of_units(units, others, machine)
+    return study_of_units(units, others, machine, DEVICE if on_device else None)
 
 
 def _curve(studied: Any, mix: Mapping[int, float], model: Any, forward: Any) -> list[CurvePoint]:

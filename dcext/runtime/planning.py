@@ -237,7 +237,10 @@ def _disk_of(
 
 
 def study_of_units(
-    units: list[Unit], others: int, machine: Machine | str | Path | None = None
+    units: list[Unit],
+    others: int,
+    machine: Machine | str | Path | None = None,
+    device: str | None = None,
 ) -> Study:
     """Of a model that is not here: ``dcext.policy.shapes.units_of``.
 
@@ -245,8 +248,9 @@ def study_of_units(
         units: the payloads.
         others: bytes that are not compressed.
         machine: as for ``plan``.
+        device: of this machine, if ``machine`` is None, where the model is to run; None for the CPU.
     """
-    return Study(units, _machine(machine), Observed(), others)
+    return Study(units, _machine(machine, device), Observed(), others)
 
 
 def _machine(machine: Machine | str | Path | None, device: str | None = None) -> Machine:
