@@ -83,10 +83,8 @@ def rooms(units: Sequence[Unit]) -> list[Room]:
     )
     found = []
     for arrives in ARRIVALS:
-        slot = 0
-        for members in blocks.values():
-            if arrives and members[0].block is not None:
-                slot = max(slot, sum(max(map(u.device_nbytes, arrives)) for u in members))
+        traveling = [members for members in blocks.values() if members[0].block is not None]
+        slot = max((sum(_largest(u, arrives) for u in members) for members in traveling), default=0)
         plain = arrives[-1:] != ("zstd",)  # frames that arrive are decoded
         found += [Room(arrives, False, SLOTS * slot)] * plain
         found.append(Room(arrives, True, SLOTS * slot + decoded))
@@ -404,6 +402,12 @@ class Decider:
             seconds={tokens: float(s.max()) for tokens, s in taken.items()},
             binds={tokens: RESOURCES[int(s.argmax())] for tokens, s in taken.items()},
         )
+
+
+def _largest(unit: Unit, codecs: Collection[str]) -> int:
+    """Bytes on a device at most, in one of some codecs that there are of it; raw can always be made."""
+    known = [codec for codec in codecs if codec in unit.nbytes or codec == "raw"]
+    return max(map(unit.device_nbytes, known), default=0)
 
 
 def _is_on_disk(tier: str) -> bool:
