@@ -238,15 +238,16 @@ def test_room_on_the_device_follows_the_tiers():
         Unit(f"{i}", (10, 100), 1, 0, {"raw": 1000, "packed": 600, "zstd": 500}, block=block)
         for i, block in enumerate(["a", "a", "b", None])
     ]
-    found = {(room.arrives[-1:], room.decodes): room.nbytes for room in rooms(units)}
+    found = {(room.arrives, room.decodes): room.nbytes for room in rooms(units)}
     assert found == {
         ((), False): 0,
         ((), True): 2000,
         (("packed",), False): 2 * 1200,
         (("packed",), True): 2 * 1200 + 2000,
-        (("zstd",), True): 2 * 1200 + 2000,
-        (("raw",), False): 2 * 2000,
-        (("raw",), True): 2 * 2000 + 2000,
+        (("zstd",), True): 2 * 1000 + 2000,
+        (("packed", "zstd"), True): 2 * 1200 + 2000,
+        (("packed", "zstd", "raw"), False): 2 * 2000,
+        (("packed", "zstd", "raw"), True): 2 * 2000 + 2000,
     }
 
 

@@ -128,9 +128,10 @@ def test_what_travels_takes_the_link():
         for tier in ("device/zstd", "host/raw", "host/zstd", HOST_DECODE)
     }
     assert link["device/zstd"] == 0
-    assert link["host/raw"] == pytest.approx(layer.weights / 25e9)
-    assert link["host/zstd"] == pytest.approx(layer.weights * 3.64 / 8 / 25e9, rel=1e-6)
-    assert link[HOST_DECODE] == link["host/raw"]
+    assert link["host/raw"] == pytest.approx(layer.weights / 25e9, rel=1e-4)
+    assert link["host/zstd"] == pytest.approx(layer.device_nbytes("zstd") / 25e9)
+    assert 1 < layer.device_nbytes("zstd") / (layer.weights * 3.64 / 8) < 1.02
+    assert link[HOST_DECODE] == pytest.approx(layer.weights / 25e9)
 
 
 def test_observations_correct_the_model():
@@ -170,7 +171,7 @@ def test_more_memory_is_never_slower(name):
         where = int(share * int8) + others
         budget = Budget(where, None, others, 16 << 20)
         if machine.device is not None:
-            budget = Budget(2 * int8, where, others, 16 << 20, 2 * 2048 * 8192)
+            budget = Budget(2 * int8, where, others, 16 << 20)
         try:
             tiers = decider.within(budget, quick=True)
         except BudgetError:

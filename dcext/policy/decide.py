@@ -27,8 +27,8 @@ SLOWER_DISK = 1.4
 MOVES = 200  # predictions of whole passes, of a few tenths of a millisecond
 MOVE_GAINS = 1e-6
 SLOTS = 2  # on a device: one is filled while the other is used
-# Codecs that units may arrive in on a device, least bytes first.
-ARRIVALS = ((), ("packed",), ("packed", "zstd"), ("packed", "zstd", "raw"))
+# Codecs that units may arrive in on a device: the more there are, the more room it takes.
+ARRIVALS = ((), ("zstd",), ("packed",), ("packed", "zstd"), ("packed", "zstd", "raw"))
 UNBOUNDED = 1 << 50  # bytes; sums stay exact in float64
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,19 +16,19 @@ PART_NBYTES = 256  # alignment of a part, in a slot as in an allocation
 PARTS = {"raw": 2, "zstd": 3, "packed": 8}  # flags of failures among them
 
 
-def index_nbytes(codec: str, rows: int, weights: int, chunks: int, exceptions: int) -> int:
+def index_nbytes(codec: str, rows: int, chunks: int, blocks: int, exceptions: int) -> int:
     """Bytes beside a payload.
 
     Args:
         codec: of the payload.
         rows: of the matrix.
-        weights: of the matrix.
         chunks: of the payload.
-        exceptions: in all chunks, of codec packed.
+        blocks: of codec zstd, in all chunks.
+        exceptions: of codec packed, likewise.
     """
     nbytes = PARTS[codec] * PART_NBYTES
     if codec == "zstd":
-        nbytes += BLOCK_INDEX_NBYTES * (weights // BLOCK_WEIGHTS + chunks)
+        nbytes += BLOCK_INDEX_NBYTES * blocks
     if codec == "packed":
         tiles = sum(rows // size + chunks for size in TILE_ROWS)
         nbytes += TILE_NBYTES * tiles + ROW_NBYTES * (rows + 1) + EXCEPTION_NBYTES * exceptions
@@ -42,7 +43,8 @@ def payload_index_nbytes(info: Mapping[str, Any]) -> int:
     rows, cols = info["shape"]
     chunks = info["chunks"]
     exceptions = sum(chunk["exceptions"] for chunk in chunks)
-    nbytes = index_nbytes(info["codec"], rows, rows * cols, len(chunks), exceptions)
+    blocks = sum(-(-math.prod(chunk["shape"]) // BLOCK_WEIGHTS) for chunk in chunks)
+    nbytes = index_nbytes(info["codec"], rows, len(chunks), blocks, exceptions)
     if info["codec"] == "zstd" and info["level"] != 0:
         plain = rows * cols + PART_NBYTES * (len(chunks) + PARTS["raw"])
         nbytes = max(nbytes, plain - info["nbytes"])

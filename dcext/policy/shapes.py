@@ -101,7 +101,7 @@ def _unit(
         looked_up=looked_up,
         nbytes={codec: int(weights * width / 8) for codec, width in bits.items()},
         index_nbytes={
-            codec: index_nbytes(codec, shape[0], weights, panels, weights // EXCEPTIONS)
+            codec: index_nbytes(codec, shape[0], panels, panels + 1, weights // EXCEPTIONS)
             for codec in bits
         },
         block=block,
