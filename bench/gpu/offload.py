@@ -12,8 +12,6 @@ JSON shows copies, decoding and products side by side (open it in Perfetto).
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from common import (
     synchronize,
     was_measured,
 )
+from passes import SMOKE, chosen_shape, ids_of, one_pass, save, timed
 from rich.table import Table
 from torch import Tensor
 from whole.drawn import POOL_SIZE, SHAPES, drawn_model
@@ -44,24 +43,6 @@ WAYS = {
 }
 ACCELERATE = "accelerate cpu_offload, bfloat16"
 GRAPH = "graph of 1"
-SMOKE = "tiniest, 4 blocks"
-
-
-def chosen_shape(smoke: bool) -> str:
-    """The shapes of the model."""
-    return SMOKE if smoke else "Llama 3B"
-
-
-def save(codec: str, shape: str, folder: Path) -> Path:
-    """The checkpoint of a drawn model."""
-    path = folder / codec
-    if not path.exists():
-        pool = 1 << 16 if shape == SMOKE else POOL_SIZE
-        model = drawn_model(shape, "normal", codec, pool)
-        # Triton's interpreter truncates to bfloat16.
-        model = model.float() if DEVICE.type == "cpu" else model
-        dcext.save_pretrained(model, path)
-    return path
 
 
 def least_device_bytes(model: Any, mode: str) -> int:
@@ -79,33 +60,6 @@ def load(codec: str, mode: str, shape: str, folder: Path) -> Any:
     budget = least_device_bytes(model, mode)
     dcext.offload(model, device_memory=budget, device=DEVICE, mode=mode)
     return model
-
-
-def timed(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """Median, and 20th and 80th percentile, in milliseconds, of what a user waits for."""
-    times = []
-    for _ in range(repeats + 2):
-        synchronize()
-        begin = time.perf_counter()
-        run()
-        synchronize()
-        times.append(1e3 * (time.perf_counter() - begin))
-    times = sorted(times[2:])
-    cut = [times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8)]
-    return {"p20_ms": cut[0], "median_ms": cut[1], "p80_ms": cut[2]}
-
-
-def ids_of(length: int, vocabulary: int) -> Tensor:
-    """The tokens of a pass."""
-    return (7 * torch.arange(length, device=DEVICE) % vocabulary)[None]
-
-
-def one_pass(model: Any, ids: Tensor, repeats: int) -> dict[str, Any]:
-    """A forward pass, and the token that it predicts."""
-    run = lambda: model(ids, use_cache=False, logits_to_keep=1).logits  # noqa: E731
-    times = timed(run, repeats)
-    rate = 1e3 * ids.shape[1] / times["median_ms"]
-    return {**times, "tokens_per_s": rate, "token": int(run()[0, -1].argmax())}
 
 
 def one_graph(model: Any, ids: Tensor, repeats: int) -> dict[str, Any]:

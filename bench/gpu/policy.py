@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common import DEVICE, Report, Settings, numbers_table, start, was_measured
-from offload import chosen_shape, ids_of, one_pass, save
+from passes import chosen_shape, ids_of, one_pass, save
 from rich.table import Table
 from whole.drawn import SHAPES
 
