@@ -75,16 +75,15 @@ class Room:
 
 def rooms(units: Sequence[Unit]) -> list[Room]:
     """What a device may need besides the units that rest there, smallest first."""
-    blocks: dict[object, list[Unit]] = defaultdict(list)
+    blocks: dict[str, list[Unit]] = defaultdict(list)
     for unit in units:
-        blocks[unit.block or (unit.name,)].append(unit)
-    decoded = max(
-        (sum(u.weights for u in members if u.multiplied) for members in blocks.values()), default=0
-    )
+        if unit.block is not None:
+            blocks[unit.block].append(unit)
+    decoded = max((sum(u.weights for u in members) for members in blocks.values()), default=0)
     found = []
     for arrives in ARRIVALS:
-        traveling = [members for members in blocks.values() if members[0].block is not None]
-        slot = max((sum(_largest(u, arrives) for u in members) for members in traveling), default=0)
+        of_blocks = [sum(_largest(u, arrives) for u in members) for members in blocks.values()]
+        slot = max(of_blocks, default=0)
         plain = arrives[-1:] != ("zstd",)  # frames that arrive are decoded
         found += [Room(arrives, False, SLOTS * slot)] * plain
         found.append(Room(arrives, True, SLOTS * slot + decoded))

@@ -202,7 +202,9 @@ class Predictor:
         if place == "device":
             # Rows of embeddings rest as they are, and if they do not lie in the payload that stays on the host.
             rows = unit.weights if unit.looked_up and codec != "raw" else 0
-            return nbytes if rows else 0, unit.device_nbytes(codec) + rows
+            # Outside of blocks a matrix is decoded by itself.
+            decoded = unit.weights if unit.block is None and codec == "zstd" else 0
+            return nbytes if rows else 0, unit.device_nbytes(codec) + rows + decoded
         if place == "disk":
             return unit.index_nbytes.get(codec, 0) if self.machine.device is not None else 0, 0
         return unit.device_nbytes(codec) if tier == f"host/{codec}" else nbytes, 0
