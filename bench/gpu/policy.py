@@ -33,7 +33,7 @@ from dcext.runtime.weights import weights_of
 
 LENGTHS = (1, 512)
 SHARES = (1.2, 0.8, 0.6, 0.45, 0.35)  # of plain INT8's memory
-SMOKE_SHARES = (6.0, 3.0)  # slots are most of so small a model
+SMOKE_SHARES = (3.0,)  # slots are most of so small a model
 DRAWN = 5
 REPEATS = 7
 INT8 = "all as INT8"
@@ -52,7 +52,7 @@ class Bench:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of passes."""
-        return (1, 2) if self.settings.smoke else LENGTHS
+        return (1,) if self.settings.smoke else LENGTHS
 
     def decider(self, tokens: int) -> Decider:
         """Of plans for passes of so many tokens."""
