@@ -454,6 +454,11 @@ def test_the_plan_follows_the_machine(folders, machine):
     assert adapter.passes == passes
 
 
+def test_adapting_is_for_the_cpu(folders):
+    with pytest.raises(ValueError, match="machine: expected one without a device, got 'a GPU'"):
+        dcext.adapt(dcext.from_pretrained(folders["zstd"]), machine=GPU)
+
+
 def test_a_model_without_a_vocabulary_needs_to_be_told_how_to_run():
     with pytest.raises(ValueError, match=r"forward: expected a function"):
         forward_of(nn.Linear(2, 2))

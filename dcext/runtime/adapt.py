@@ -264,6 +264,9 @@ def adapt(
     """
     lengths = tuple(checked_mix(tokens, mix))
     studied = study(model, lengths, machine=machine, forward=forward, progress=progress)
+    if studied.machine.device is not None:
+        name = studied.machine.name
+        raise ValueError(f"adapt: machine: expected one without a device, got {name!r} with one")
     options: dict[str, Any] = {
         "host_memory": host_memory,
         "slowdown": slowdown,
