@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,9 @@ from dcext.policy.decide import Budget, BudgetError, Decider, rooms
 from dcext.policy.machine import PROJECTED, Machine, Processor
 from dcext.policy.plan import Plan
 from dcext.policy.predict import HOST_DECODE, Predictor, Unit
+from dcext.runtime.device_placement import place_on_device
 from dcext.runtime.observe import describe
+from dcext.runtime.traveling import TravelingBlock
 from dcext.runtime.weights import all_weights, weights_of
 
 GPU = Machine(
@@ -217,6 +221,36 @@ def test_a_missing_gpu_is_an_error(folder):
         dcext.from_pretrained(folder, plan=plan, device="cuda")
     with pytest.raises(ValueError, match="expected a device beside a plan for one, got 'cpu'"):
         dcext.from_pretrained(folder, plan=plan)
+
+
+def test_a_build_without_cuda_is_an_error_before_anything_moves(folder, monkeypatch):
+    monkeypatch.setattr("dcext._C.with_cuda", False)
+    model = dcext.from_pretrained(folder)
+    tiers = in_turns(model, TIERS, "device/raw")
+    with pytest.raises(RuntimeError, match="expected a build with DCEXT_CUDA=1"):
+        place_on_device(model, tiers, torch.device("cuda"), 0, read=print, moved=print)
+    assert all(weight.module.resting is None for weight in weights_of(model))
+
+
+@on_device
+@pytest.mark.parametrize("tier", ["host/zstd", "host/packed"])
+def test_what_travels_is_in_host_memory_once(folder, tier):
+    """Beside the copy that travels, neither payload nor index stays."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    model = dcext.from_pretrained(folder)
+    plan = plan_of(decider_of(model), in_turns(model, (tier,), "device/raw"))
+    with pytest.MonkeyPatch.context() as patch:
+        add = TravelingBlock._add
+
+        def noted(self, layer, codec, parts, rebuild):
+            made.extend(weakref.ref(part) for part in parts)
+            return add(self, layer, codec, parts, rebuild)
+
+        patch.setattr(TravelingBlock, "_add", noted)
+        dcext.apply(model, plan, device=DEVICE)
+    gc.collect()
+    assert made
+    assert not [ref for ref in made if ref() is not None]
 
 
 def test_plans_for_a_device_keep_to_its_memory(folder):

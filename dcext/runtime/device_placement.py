@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from dcext import _C
 from dcext.nn.compressed import CompressedModule
 from dcext.nn.device import IndexedWeight, batch_decodes, blocks_of, named_blocks
 from dcext.nn.embedding import DCEmbedding
@@ -115,8 +116,14 @@ def place_on_device(
 
     Raises:
         FormatError: a file is damaged.
+        RuntimeError: dcext was built without CUDA, and something is decoded there or travels.
         ValueError: frames on the disk have matches, which a device cannot decode.
     """
+    needs_cuda = [tier for tier in tiers.values() if tier not in ("device/raw", "device/packed")]
+    if device.type == "cuda" and needs_cuda and not _C.with_cuda:
+        raise RuntimeError(
+            f"plan: {needs_cuda[0]}: expected a build with DCEXT_CUDA=1, got one without CUDA"
+        )
     device = torch.empty(0, device=device).device  # with its number
     weights = all_weights(model)
     _stop_travels(model)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dcext.kernels.packed_weight import PackedWeight
 
 _CPU = torch.device("cpu")
+_EMPTY = torch.empty(0, dtype=torch.uint8)
 
 Part = Tensor | HostDecoded | FromFile
 # Makes a weight of the views of its parts in a slot.
@@ -80,7 +81,9 @@ def _indexed_parts(weight: IndexedWeight, device: torch.device) -> tuple[list[Pa
     if weight.index is None:  # its frames have matches
         return [weight.qweight()], lambda views: IndexedWeight.dense(views[0], device)
     parts: list[Part] = [weight.payload, weight.index]
-    return parts, lambda views: weight.moved(views[0], views[1], device)
+    # What rebuilds it stays, and must not keep what was copied to memory that travels.
+    shell = weight.moved(_EMPTY, _EMPTY, _CPU)
+    return parts, lambda views: shell.moved(views[0], views[1], device)
 
 
 def _packed_parts(weight: PackedWeight) -> tuple[list[Part], Rebuild]:
@@ -88,16 +91,17 @@ def _packed_parts(weight: PackedWeight) -> tuple[list[Part], Rebuild]:
     if weight.exceptions is not None:
         tensors += weight.exceptions.tensors()
     like = [(tensor.dtype, tensor.shape) for tensor in tensors]
+    kind = None if weight.exceptions is None else type(weight.exceptions)
+    blocks = list(weight.tiles)
+    shell = replace(weight, payload=_EMPTY, tiles={}, exceptions=None)
 
     def rebuild(views: list[Tensor]) -> PackedWeight:
         found = [
             view.view(dtype).view(shape) for view, (dtype, shape) in zip(views, like, strict=True)
         ]
-        tiles = dict(zip(weight.tiles, found[1:], strict=False))
-        exceptions = weight.exceptions
-        if exceptions is not None:
-            exceptions = type(exceptions)(*found[1 + len(tiles) :])
-        return replace(weight, payload=found[0], tiles=tiles, exceptions=exceptions)
+        tiles = dict(zip(blocks, found[1:], strict=False))
+        exceptions = None if kind is None else kind(*found[1 + len(tiles) :])
+        return replace(shell, payload=found[0], tiles=tiles, exceptions=exceptions)
 
     return [tensor.reshape(-1).view(torch.uint8) for tensor in tensors], rebuild
 
