@@ -21,7 +21,7 @@ import random
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,86 +101,85 @@ def int8_nbytes(rig: Rig) -> int:
     return rig.study.others + sum(unit.nbytes["raw"] for unit in rig.units)
 
 
-def accuracy(rig: Rig, sizes: Sizes, progress: Any) -> list[Row]:
-    """A row for every placement and length.
+Key = tuple[str, int]  # name of a placement, tokens of a pass
 
-    Each is measured between two visits of plain INT8: what is predicted of the time over that of plain INT8 holds whatever
-    speed the machine has meanwhile.
+
+def beside_plain(
+    rig: Rig,
+    cases: Mapping[str, Placement],
+    lengths: Iterable[int],
+    rounds: int,
+    progress: Any,
+    label: str,
+) -> tuple[dict[Key, list[float]], dict[Key, list[float]]]:
+    """Seconds of passes, and those over the time of plain INT8, a value for each round.
+
+    Each placement is measured between two visits of plain INT8, so that the machine's drift is in both; rounds are in random
+    order.
     """
+    taken: dict[Key, list[float]] = defaultdict(list)
+    over: dict[Key, list[float]] = defaultdict(list)
     plain = rig.uniform("raw")
-    cases = placements(rig, sizes.mix)
-    taken: dict[tuple[str, int], list[float]] = defaultdict(list)
-    over: dict[tuple[str, int], list[float]] = defaultdict(list)
-    predicted = {
-        (name, n): rig.predict(case, n) for name, case in cases.items() for n in sizes.lengths
-    }
-    predicted_plain = {n: rig.predict(plain, n).pipelined_s for n in sizes.lengths}
-    task = progress.add_task("accuracy", total=sizes.rounds * len(cases))
-    draw = random.Random(1)
+    task = progress.add_task(label, total=rounds * len(cases))
+    draw = random.Random(2)
 
     def visit(placement: Placement) -> dict[int, float]:
         rig.place(placement)
-        return {tokens: rig.visit(tokens).median_s for tokens in sizes.lengths}
+        return {tokens: rig.visit(tokens).median_s for tokens in lengths}
 
-    for _ in range(sizes.rounds):
+    for _ in range(rounds):
         before = visit(plain)
         for name in draw.sample(list(cases), len(cases)):
-            seconds = visit(cases[name])
+            found = visit(cases[name])
             after = visit(plain)
-            for tokens in sizes.lengths:
-                taken[name, tokens].append(seconds[tokens])
-                over[name, tokens].append(2 * seconds[tokens] / (before[tokens] + after[tokens]))
+            for tokens, seconds in found.items():
+                taken[name, tokens].append(seconds)
+                over[name, tokens].append(2 * seconds / (before[tokens] + after[tokens]))
             before = after
             progress.advance(task)
-    return [
-        {
-            "question": "accuracy",
-            "placement": name,
-            "tokens": tokens,
-            "predicted_s": found.pipelined_s,
-            "binds": found.binds,
-            "measured_s": statistics.median(taken[name, tokens]),
-            "rounds_s": taken[name, tokens],
-            "error": found.pipelined_s / statistics.median(taken[name, tokens]) - 1,
-            "over_int8": statistics.median(over[name, tokens]),
-            "error_over_int8": found.pipelined_s
-            / predicted_plain[tokens]
-            / statistics.median(over[name, tokens])
-            - 1,
-        }
-        for (name, tokens), found in predicted.items()
-    ]
+    return taken, over
+
+
+def accuracy(rig: Rig, sizes: Sizes, progress: Any) -> list[Row]:
+    """A row for every placement and length.
+
+    What is predicted of the time over that of plain INT8 holds whatever speed the machine has meanwhile.
+    """
+    cases = placements(rig, sizes.mix)
+    predicted = {
+        (name, n): rig.predict(case, n) for name, case in cases.items() for n in sizes.lengths
+    }
+    plain = {n: rig.predict(rig.uniform("raw"), n).pipelined_s for n in sizes.lengths}
+    taken, over = beside_plain(rig, cases, sizes.lengths, sizes.rounds, progress, "accuracy")
+    rows = []
+    for (name, tokens), found in predicted.items():
+        measured_s = statistics.median(taken[name, tokens])
+        over_int8 = statistics.median(over[name, tokens])
+        rows.append(
+            {
+                "question": "accuracy",
+                "placement": name,
+                "tokens": tokens,
+                "predicted_s": found.pipelined_s,
+                "binds": found.binds,
+                "measured_s": measured_s,
+                "rounds_s": taken[name, tokens],
+                "error": found.pipelined_s / measured_s - 1,
+                "over_int8": over_int8,
+                "error_over_int8": found.pipelined_s / plain[tokens] / over_int8 - 1,
+            }
+        )
+    return rows
 
 
 def timed(
     rig: Rig, cases: dict[str, Placement], sizes: Sizes, progress: Any, label: str
 ) -> dict[str, dict[int, float]]:
-    """Seconds of passes of each length of the mix over those of plain INT8, by name of the case.
-
-    Each is measured between two visits of plain INT8, so that the machine's drift is in both; medians of rounds in random
-    order.
-    """
-    ratios: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    plain = rig.uniform("raw")
-    task = progress.add_task(label, total=sizes.rounds * len(cases))
-    draw = random.Random(2)
-
-    def visit(placement: Placement) -> dict[int, float]:
-        rig.place(placement)
-        return {tokens: rig.visit(tokens).median_s for tokens in sizes.mix}
-
-    for _ in range(sizes.rounds):
-        before = visit(plain)
-        for name in draw.sample(list(cases), len(cases)):
-            taken = visit(cases[name])
-            after = visit(plain)
-            for tokens, seconds in taken.items():
-                ratios[name][tokens].append(2 * seconds / (before[tokens] + after[tokens]))
-            before = after
-            progress.advance(task)
+    """Seconds of passes of each length of the mix over those of plain INT8, medians of rounds, by name of the case."""
+    _, over = beside_plain(rig, cases, sizes.mix, sizes.rounds, progress, label)
     return {
-        name: {tokens: statistics.median(found) for tokens, found in lengths.items()}
-        for name, lengths in ratios.items()
+        name: {tokens: statistics.median(over[name, tokens]) for tokens in sizes.mix}
+        for name in cases
     }
 
 

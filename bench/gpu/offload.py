@@ -25,7 +25,7 @@ from common import (
     synchronize,
     was_measured,
 )
-from passes import SMOKE, chosen_shape, ids_of, one_pass, save, timed
+from passes import SMOKE, begin, disagreements, ids_of, one_pass, save, timed
 from rich.table import Table
 from torch import Tensor
 from whole.drawn import POOL_SIZE, SHAPES, drawn_model
@@ -127,20 +127,6 @@ def accelerate_model(shape: str) -> Any:
     return cpu_offload(model, execution_device=DEVICE)
 
 
-def disagreements(report: Report) -> list[str]:
-    """Rows of dcext that predict other tokens."""
-    found, first = [], {}
-    for row in report.rows.rows.values():
-        for key, value in row.items():
-            if row["name"] == ACCELERATE or not isinstance(value, dict) or "token" not in value:
-                continue
-            length = "1" if key == GRAPH else key
-            name, token = first.setdefault(length, (row["name"], value["token"]))
-            if token != value["token"]:
-                found.append(f"{row['name']}, {key}: predicts another token than {name}")
-    return found
-
-
 def table(report: Report, shape: str, lengths: tuple[int, ...]) -> Table:
     """One line a way."""
     keys = [*map(str, lengths), GRAPH]
@@ -170,9 +156,7 @@ def table(report: Report, shape: str, lengths: tuple[int, ...]) -> Table:
 @torch.inference_mode()
 def run(settings: Settings) -> None:
     """Measures and prints."""
-    report = Report(settings)
-    shape = chosen_shape(settings.smoke)
-    report.figures.update(model=shape, shape=SHAPES[shape])
+    report, shape = begin(settings)
     with tempfile.TemporaryDirectory(prefix="dcext-offload-") as folder:
         for name, (codec, mode) in WAYS.items():
             if settings.is_over():
@@ -189,7 +173,7 @@ def run(settings: Settings) -> None:
             measure_model(report, ACCELERATE, accelerate_model(shape), shape, settings)
         except Exception as error:  # a peer
             print(f"{ACCELERATE}: {type(error).__name__}: {error}")
-    report.failed += disagreements(report)
+    report.failed += disagreements(report, {GRAPH: "1"}, ACCELERATE)
     lengths = (1, 2) if settings.smoke else LENGTHS
     report.finish([table(report, shape, lengths)], ["a pass has no cache of past tokens"])
 

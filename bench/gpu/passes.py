@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, synchronize
+from common import DEVICE, Report, Settings, synchronize
 from torch import Tensor
-from whole.drawn import POOL_SIZE, drawn_model
+from whole.drawn import POOL_SIZE, SHAPES, drawn_model
 
 import dcext
 
 SMOKE = "tiniest, 4 blocks"
 
 
-def chosen_shape(smoke: bool) -> str:
-    """The shapes of the model."""
-    return SMOKE if smoke else "Llama 3B"
+def begin(settings: Settings) -> tuple[Report, str]:
+    """What a script adds its rows to, and the name of the model's shape."""
+    report = Report(settings)
+    shape = SMOKE if settings.smoke else "Llama 3B"
+    report.figures.update(model=shape, shape=SHAPES[shape])
+    return report, shape
 
 
 def save(codec: str, shape: str, folder: Path) -> Path:
@@ -59,3 +62,26 @@ def one_pass(model: Any, ids: Tensor, repeats: int) -> dict[str, Any]:
     times = timed(run, repeats)
     rate = 1e3 * ids.shape[1] / times["median_ms"]
     return {**times, "tokens_per_s": rate, "token": int(run()[0, -1].argmax())}
+
+
+def disagreements(
+    report: Report, lengths: Mapping[str, str] | None = None, peer: str | None = None
+) -> list[str]:
+    """Rows that predict another token than the first of the same length.
+
+    Args:
+        report: with rows of ``one_pass``.
+        lengths: of columns that are not named by theirs.
+        peer: the row of another program, which may.
+    """
+    found: list[str] = []
+    first: dict[str, tuple[str, int]] = {}
+    for row in report.rows.rows.values():
+        for key, value in row.items():
+            if row["name"] == peer or not isinstance(value, dict) or "token" not in value:
+                continue
+            length = (lengths or {}).get(key, key)
+            name, token = first.setdefault(length, (row["name"], value["token"]))
+            if token != value["token"]:
+                found.append(f"{row['name']}, {key}: predicts another token than {name}")
+    return found

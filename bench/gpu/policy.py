@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from common import DEVICE, Report, Settings, numbers_table, start, was_measured
-from passes import chosen_shape, ids_of, one_pass, save
+from passes import begin, disagreements, ids_of, one_pass, save
 from rich.table import Table
-from whole.drawn import SHAPES
 
 import dcext
 from dcext.policy.decide import Budget, BudgetError, Decider
@@ -135,18 +134,6 @@ def measure(bench: Bench) -> None:
                     bench.time(f"{share:.0%}, drawn {seed}", tokens, drawn, budget)
 
 
-def disagreements(report: Report) -> list[str]:
-    """Rows that predict other tokens than plain INT8."""
-    rows = report.rows.rows
-    return [
-        f"{row['name']}, {key}: predicts another token than {INT8}"
-        for row in rows.values()
-        for key, value in row.items()
-        if isinstance(value, dict) and "token" in value
-        if value["token"] != rows[INT8].get(key, {}).get("token", value["token"])
-    ]
-
-
 def table(report: Report, lengths: tuple[int, ...]) -> Table:
     """One line for each placement."""
     headings = ["device memory", "planned, GB", "there, GB"]
@@ -174,9 +161,7 @@ def table(report: Report, lengths: tuple[int, ...]) -> Table:
 @torch.inference_mode()
 def run(settings: Settings) -> None:
     """Measures and prints."""
-    report = Report(settings)
-    shape = chosen_shape(settings.smoke)
-    report.figures.update(model=shape, shape=SHAPES[shape])
+    report, shape = begin(settings)
     machine = preset("pcie4") if settings.smoke else tune(device=DEVICE)
     with tempfile.TemporaryDirectory(prefix="dcext-policy-") as folder:
         model = dcext.from_pretrained(save("zstd", shape, Path(folder)))

@@ -205,14 +205,12 @@ def plan(
     if measure and device_memory is not None:
         raise ValueError("--measure: expected a plan for the CPU, got --device-memory")
     mix = parse_mix(tokens)
+    on_device = device_memory is not None
+    model, forward = None, None
     if folder is not None:
-        model, forward, studied = _study(folder, mix, machine, device_memory is not None)
+        model, forward, studied = _study(folder, mix, machine, on_device)
     else:
-        model, forward, studied = (
-            None,
-            None,
-            _study_of_shapes(str(shapes), machine, device_memory is not None),
-        )
+        studied = _study_of_shapes(str(shapes), machine, on_device)
     made = studied.plan(
         host_memory=host_memory,
         device_memory=device_memory,

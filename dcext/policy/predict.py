@@ -27,10 +27,8 @@ from dcext.policy.timeline import pass_s, slots_of
 RESOURCES = ("compute", "link", "disk", "host")
 COMPUTE, LINK, DISK, HOST = range(len(RESOURCES))
 WAITS = 1.02  # a pass so much longer than its slowest resource waits for the disk
-DISK_RANGE, HALVINGS = (
-    64,
-    24,
-)  # times and parts of a disk's rate, in which another is looked for, and how often it is halved
+# Times and parts of a disk's rate, in which another is looked for, and how often that range is halved.
+DISK_RANGE, HALVINGS = 64, 24
 HOST_DECODE = "host/zstd, decoded there"
 # A read that nobody knew of ahead: what a disk of any speed takes to begin (NVMe 0.1 ms, network disks more).
 LOOKUP_LATENCY_S = 2e-4
@@ -182,15 +180,12 @@ class Predictor:
             on_disk = []
         if self.machine.device is None:
             return [*(f"memory/{codec}" for codec in unit.nbytes), *on_disk]
-        if not unit.multiplied:
-            return [
-                "device/raw"
-            ]  # a row is looked up where the model runs, and rests there as it is
+        if not unit.multiplied:  # a row is looked up where the model runs, and rests there as it is
+            return ["device/raw"]
         resting = [f"device/{codec}" for codec in unit.nbytes]
+        # Blocks bring their weights, and wait for them in a file.
         if unit.block is None or unit.file_codec is None:
-            return (
-                resting  # blocks bring their weights; what these are copied from is also in a file
-            )
+            return resting
         waiting = [f"host/{codec}" for codec in unit.nbytes]
         decoded = [HOST_DECODE] if "zstd" in unit.nbytes else []
         return [*resting, *waiting, *decoded, *on_disk]

@@ -28,10 +28,10 @@ from dcext.runtime.retier import apply
 from dcext.runtime.weights import weights_of
 
 DRIFT = 1.15  # a pass that takes so much longer or shorter than predicted calls for another look
-LARGE_DRIFT = 1.5
 PATIENCE = 3  # such passes one after the other
-REST = 6  # passes after a look, in which there is no other for the same cause; after each that moved nothing four times as
-TIRED = 4  # many: a machine whose speed wavers is not looked at for ever. For large drifts one such look is forgiven
+# Passes after a look, in which there is no other for the same cause; so many times as many after each that moved nothing:
+# a machine whose speed wavers is not looked at for ever. For large drifts one such look is forgiven.
+REST, TIRED, LARGE_DRIFT = 6, 4, 1.5
 GAIN = 0.03  # of the time of a pass, for which layers are moved
 
 
