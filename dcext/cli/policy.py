@@ -206,7 +206,8 @@ def plan(
         raise ValueError("--measure: expected a plan for the CPU, got --device-memory")
     mix = parse_mix(tokens)
     on_device = device_memory is not None
-    model, forward = None, None
+    model: Any = None
+    forward: Any = None
     if folder is not None:
         model, forward, studied = _study(folder, mix, machine, on_device)
     else:
