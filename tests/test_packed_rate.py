@@ -311,7 +311,7 @@ def test_round_packed_takes_values_of_its_tables():
     quantized = round_packed("a", weight, factor, plan, moment)
     assert torch.equal(weight, before)
     height = panel_rows(*weight.shape)
-    for part, table in zip(quantized.qweight.split(height), plan.nearest["a"], strict=True):
+    for part, table in zip(quantized.qweight.split(height), plan.nearest("a"), strict=True):
         assert set(part.unique().tolist()) <= set(table.tolist())
 
 
@@ -319,7 +319,7 @@ def test_round_packed_takes_values_of_its_tables():
 def test_refine_lowers_the_error_to_where_no_weight_would_change(shape):
     weight, factor, plan, moment = rounding_case(*shape)
     by_row, height = row_factor(moment, shape[0]), panel_rows(*shape)
-    row_scale, col_scale, table = plan.row_scale["a"], plan.col_scale, plan.nearest["a"]
+    row_scale, col_scale, table = plan.row_scale["a"], plan.col_scale, plan.nearest("a")
 
     def error(q: torch.Tensor) -> float:
         return weighted(weight, q * row_scale[:, None] * col_scale, factor, by_row)

@@ -121,6 +121,19 @@ def test_controller_goes_on_from_its_state():
     assert rest[0] == rest[1]
 
 
+def test_controller_tells_what_is_left_for_the_last_layers():
+    forecasts, weights = layers_of_all_kinds()
+    *names, one, other = forecasts
+    controller = RateController(forecasts, 3.0)
+    assert controller.left_bits([one, other]) is None
+    total = run_controller(controller, names, forecasts, weights)
+    last = [forecasts[one], forecasts[other]]
+    fixed = sum(forecast.overhead_bits * forecast.weights for forecast in last)
+    whole = 3.0 * sum(forecast.weights for forecast in forecasts.values())
+    assert controller.left_bits([one, other]) == pytest.approx(whole - 8 * total - fixed)
+    assert controller.left_bits([one]) is None
+
+
 def test_controller_makes_up_for_layers_that_are_skipped():
     forecasts, weights = layers_of_all_kinds()
     names = list(forecasts)

@@ -147,6 +147,9 @@ class RateRecipe:
         rows = {name: self._rows[name] for name in weights}
         ordered = {name: weight[:, order] for name, weight in weights.items()}
         steps = self._cost.plan(ordered, factor, rows, scale)
+        left_bits = self._controller.left_bits(weights)
+        if left_bits is not None:
+            steps.fill(left_bits)
         col_scale = steps.col_scale[order.argsort()]
         eigenvalues = torch.linalg.eigvalsh(moment.float())
         coded = {}

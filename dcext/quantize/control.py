@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -127,6 +127,13 @@ class RateController:
             else:
                 high = middle
         return 2.0**high
+
+    def left_bits(self, names: Collection[str]) -> float | None:
+        """Bits that some layers may take beside what does not depend on the scale, if they are the last; else None."""
+        if not self._curves.keys() <= set(names):
+            return None
+        fixed = sum(curve.overhead_bits * curve.weights for curve in self._curves.values())
+        return self._budget - fixed
 
     def record(self, name: str, scale: float, stored_nbytes: int) -> None:
         """Tells what a layer took in the end, rounded at ``scale``."""

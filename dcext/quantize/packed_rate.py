@@ -48,6 +48,10 @@ LLOYD_STEPS = 30
 REFINING_SWEEPS = (
     2  # 1 to 4 lower the error by 4.0, 5.3, 6.0 and 6.5 %, each in the time of the rounding
 )
+FILL_RANGE, FILL_HALVINGS = (
+    2.0**12,
+    32,
+)  # of a bit's price, when a model's last layers meet its size
 SMOOTHED_BINS = 17  # about half a root mean square
 LEAST_STEP = 1e-30  # of columns kept outside: whatever they are rounded to is as good as zero
 MOST_MAGNITUDE = (
@@ -278,10 +282,33 @@ class PackedPlan(Scales):
     """Scales, and the tables that weights are rounded to for packed payloads.
 
     Attributes:
-        nearest: by layer, ``(panels, BINS)`` int8.
+        options: by layer, what its panels may become.
+        price: of a bit, by which they are chosen.
     """
 
-    nearest: dict[str, Tensor]
+    options: dict[str, Options]
+    price: float
+
+    def nearest(self, name: str) -> Tensor:
+        """What each half of a step of a layer is rounded to: ``(panels, BINS)`` int8."""
+        options = self.options[name]
+        chosen = options.choose(self.price)
+        return options.nearest[torch.arange(len(chosen)), chosen]
+
+    def fill(self, left_bits: float) -> None:
+        """Sets the price with which codes, exceptions and outlier columns come nearest to a size."""
+        low, high = self.price / FILL_RANGE, self.price * FILL_RANGE  # too many bits, too few
+        for _ in range(FILL_HALVINGS):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self._bits(middle) > left_bits else (low, middle)
+        self.price = min((low, high), key=lambda price: abs(self._bits(price) - left_bits))
+
+    def _bits(self, price: float) -> float:
+        bits = 0.0
+        for name, options in self.options.items():
+            bits += float(options.stored_bits.gather(1, options.choose(price)[:, None]).sum())
+            bits += len(self.outliers[name]) * (32 + 16 * len(self.row_scale[name]))
+        return bits
 
 
 def plan_packed(
@@ -304,14 +331,12 @@ def plan_packed(
     held = [value.masked_fill(value > OUTLIER_STEPS, 0) for value in least.values()]
     grown = torch.stack(held).amax(0).clamp_min(1)
     col_scale = to_bfloat16_values(by_col * grown / pivots)
-    plan = PackedPlan({}, col_scale, outliers, {})
+    plan = PackedPlan({}, col_scale, outliers, {}, BIT_PRICE * scale**2)
     for name, weight in weights.items():
         inside = weight.index_fill(1, outliers[name].long(), 0)
         plan.row_scale[name] = fit_grid(inside, spreads[name], col_scale)
         panels = panel_histograms(inside, plan.row_scale[name], col_scale, rows[name], pivots)
-        options = fit_options(panels)
-        chosen = options.choose(BIT_PRICE * scale**2)
-        plan.nearest[name] = options.nearest[torch.arange(len(chosen)), chosen]
+        plan.options[name] = fit_options(panels)
     return plan
 
 
@@ -370,7 +395,7 @@ def round_packed(
     inside = weight.index_fill(1, outliers, 0)
     taken = col_scale.index_fill(0, outliers, LEAST_STEP)
     by_row = row_factor(moment, weight.shape[0])
-    tables, height = plan.nearest[name], panel_rows(*weight.shape)
+    tables, height = plan.nearest(name), panel_rows(*weight.shape)
     qweight = round_with_feedback(
         inside, factor, row_scale, taken, None, by_row, nearest=tables, panel_rows=height
     )

@@ -35,6 +35,9 @@ class Scales:
     col_scale: Tensor
     outliers: dict[str, Tensor]
 
+    def fill(self, left_bits: float) -> None:
+        """Comes as near to a size as it can, for the last group of a model. Nothing where none is known before rounding."""
+
 
 @dataclass
 class Steps(Scales):
