@@ -288,6 +288,37 @@ def test_generation_and_the_learnt_order(folders):
     )
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="requires two processors")
+def test_reads_keep_off_the_processor_that_runs_the_model(folders):
+    every = os.sched_getaffinity(0)
+    model = streamed(folders["packed"])
+
+    def readers() -> dict[int, set[int]]:
+        """Threads that do not run where all may, and where they do."""
+        threads = {int(name) for name in os.listdir("/proc/self/task")} - {
+            threading.get_native_id()
+        }
+        return {t: cpus for t in threads if (cpus := os.sched_getaffinity(t)) != every}
+
+    try:
+        for cpu in sorted(every)[:2]:
+            os.sched_setaffinity(0, {cpu})
+            for _ in range(8):  # each of the four threads reads
+                logits(model, 1)
+            assert 1 <= len(readers()) <= 4
+            assert every - {cpu} in readers().values()
+        # Whoever confines them is obeyed.
+        for thread in readers():
+            os.sched_setaffinity(thread, {cpu})
+        confined = set(readers())
+        logits(model, 1)
+        assert all(os.sched_getaffinity(thread) == {cpu} for thread in confined)
+    finally:
+        os.sched_setaffinity(0, every)
+        for thread in readers():
+            os.sched_setaffinity(thread, every)
+
+
 def test_reading_without_computing(folders):
     model = streamed(folders["zstd"])
     stream = model.dcext_offload.stream

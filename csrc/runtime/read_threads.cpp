@@ -1,8 +1,34 @@
 #include "runtime/read_threads.h"
 
+#include <sched.h>
+
 #include <algorithm>
 
 namespace dcext {
+namespace {
+
+// The processors that a thread may run on, less one. What is set from outside is kept to.
+class Affinity {
+ public:
+  Affinity() { CPU_ZERO(&own_); }
+
+  void keep_off(int cpu) {
+    cpu_set_t now;
+    if (cpu < 0 || sched_getaffinity(0, sizeof now, &now) != 0) return;
+    if (!CPU_EQUAL(&now, &own_)) allowed_ = now;
+    cpu_set_t wanted = allowed_;
+    CPU_CLR(cpu, &wanted);
+    if (CPU_COUNT(&wanted) == 0) wanted = allowed_;
+    if (CPU_EQUAL(&wanted, &now)) return;
+    if (sched_setaffinity(0, sizeof wanted, &wanted) == 0) own_ = wanted;
+  }
+
+ private:
+  cpu_set_t own_;      // what was set here
+  cpu_set_t allowed_;  // what there was else
+};
+
+}  // namespace
 
 ReadThreads::ReadThreads(int num_threads) {
   for (int i = 0; i < std::max(1, num_threads); ++i) threads_.emplace_back([this] { loop(); });
@@ -60,6 +86,7 @@ ReadThreads::Entry* ReadThreads::next_waiting() {
 }
 
 void ReadThreads::loop() {
+  Affinity affinity;
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     Entry* entry = nullptr;
@@ -69,6 +96,7 @@ void ReadThreads::loop() {
     entry->waiting = false;
     ++entry->running;
     lock.unlock();
+    affinity.keep_off(busy_cpu_.load(std::memory_order_relaxed));
     const bool did = entry->client->read_one();
     lock.lock();
     if (--entry->running == 0) left_.notify_all();

@@ -1,5 +1,6 @@
 #include "runtime/weight_stream.h"
 
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -109,6 +110,7 @@ WeightStream::UsePtr WeightStream::make_use(int64_t unit) const {
 WeightStream::UsePtr WeightStream::begin(int64_t unit) {
   UsePtr use;
   bool more;
+  threads_.keep_off(sched_getcpu());
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++statistics_.uses;

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ PASSES, PASSES_AT_MOST = 3, 12
 SECONDS_OF_A_LENGTH = 1.0  # in each rotation; more passes than three only so long
 DISK_READS_NBYTES, DISK_LOOKS = 512 << 20, 3
 STREAMING_ROUNDS = 4
-FEW = 4  # one in so many layers is read from the disk, to see what that costs if the disk keeps up
+KEEPING_UP = 0.5  # of what the disk reads in a pass: so much, to see what reads cost who never waits for them
+T = TypeVar("T")
 Forward = Callable[[int], object]
 Progress = Callable[[str, float], None]
 
@@ -240,7 +241,7 @@ def _take(
     others[tokens].append(statistics.median(plain) - sum(medians.values()))
 
 
-def _evenly(members: list[int], count: int) -> list[int]:
+def _evenly(members: Sequence[T], count: int) -> Sequence[T]:
     if len(members) <= count:
         return members
     return [members[(2 * i + 1) * len(members) // (2 * count)] for i in range(count)]
@@ -304,8 +305,11 @@ def observe_streaming(
     tokens: int,
     forward: Forward,
     slots_nbytes: int,
-) -> list[list[Streamed]]:
+    gbps: float,
+) -> list[tuple[Streamed, Streamed, Streamed]]:
     """Passes of a model without layers on the disk, with a few, and with all of them there; several times in turns.
+
+    The few are as many as the disk has read long before they are needed.
 
     Args:
         model: it is as before afterwards; no layer is on the disk now.
@@ -313,6 +317,7 @@ def observe_streaming(
         tokens: of a pass; the fewer, the less time there is to hide reads.
         forward: runs a pass.
         slots_nbytes: memory to read into; with less of it, reads are smaller and more.
+        gbps: at which the disk is read when nobody computes.
     """
     before = {weight.name: weight.tier for weight in weights}
     kept = [(weight, weight.module.payload) for weight in weights]
@@ -334,8 +339,10 @@ def observe_streaming(
         return Streamed([w.name for w in streamed], statistics.median(seconds), stalled_s)
 
     try:
-        cases: list[list[Weight]] = [[], layers[FEW // 2 :: FEW] or layers, layers]
-        return [[taken(streamed) for streamed in cases] for _ in range(STREAMING_ROUNDS)]
+        nbytes = KEEPING_UP * pass_seconds(forward, tokens) * gbps * 1e9
+        mean_nbytes = statistics.mean(weight.nbytes for weight in layers)
+        few = _evenly(layers, max(1, int(nbytes / mean_nbytes)))
+        return [(taken([]), taken(few), taken(layers)) for _ in range(STREAMING_ROUNDS)]
     finally:
         in_memory()
         retier(model, list(weights), before, slots_nbytes)

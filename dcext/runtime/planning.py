@@ -174,7 +174,7 @@ def study(
             observed.disk[slots] = ObservedDisk(gbps, 0.0)
             if not any(weight.module.is_in_file for weight in weights):
                 tokens = min(lengths)
-                passes = observe_streaming(model, weights, tokens, forward, slots)
+                passes = observe_streaming(model, weights, tokens, forward, slots, gbps)
                 tiers = {weight.name: weight.tier for weight in weights}
                 observed.disk[slots] = _disk_of(studied, slots, tokens, tiers, passes)
     resident = sum(w.module.payload.nbytes for w in weights if not w.module.is_in_file)
@@ -186,7 +186,7 @@ def _disk_of(
     slots_nbytes: int,
     tokens: int,
     tiers: Mapping[str, str],
-    rounds: list[list[Streamed]],
+    rounds: list[tuple[Streamed, Streamed, Streamed]],
 ) -> ObservedDisk:
     """What reads cost who computes, from what passes with layers on the disk take longer; and the rate, if they wait for it.
 
@@ -195,40 +195,30 @@ def _disk_of(
         slots_nbytes: that there were to read into.
         tokens: of the passes.
         tiers: of the layers that were in memory.
-        rounds: passes with no layers on the disk, and others; the last with all of them.
+        rounds: passes with no layers on the disk, with a few, and with all of them there.
     """
     predictor = studied.predictor(slots_nbytes)
     units = {unit.name: unit for unit in studied.units}
     verify_gbps = studied.machine.verify_gbps or math.inf
 
-    def on_disk(found: Streamed) -> tuple[float, int]:
-        """Bytes that are read in a pass, and in how many reads."""
-        there = [
-            (units[name].multiplied, units[name].nbytes[units[name].file_codec or ""])
-            for name in found.names
-        ]
-        return sum(n * size for n, size in there), sum(
-            n * predictor.pieces(size) for n, size in there
-        )
-
-    def cost_of_a_read(plain: Streamed, *others: Streamed) -> float:
-        costs, reads = 0.0, 0
-        for found in others:
-            nbytes, count = on_disk(found)
-            costs += found.seconds - found.stalled_s - plain.seconds - nbytes / (verify_gbps * 1e9)
-            reads += count
-        return max(costs, 0.0) / max(reads, 1)
+    def cost_of_a_read(plain: Streamed, few: Streamed) -> float:
+        there = [units[name] for name in few.names]
+        nbytes = [unit.nbytes[unit.file_codec or ""] for unit in there]
+        reads = sum(u.multiplied * predictor.pieces(n) for u, n in zip(there, nbytes, strict=True))
+        verified = sum(u.multiplied * n for u, n in zip(there, nbytes, strict=True))
+        cost = few.seconds - few.stalled_s - plain.seconds - verified / (verify_gbps * 1e9)
+        return max(cost, 0.0) / max(reads, 1)
 
     # The speed of a machine may change from round to round.
-    read_s = statistics.median(cost_of_a_read(*found) for found in rounds)
-    waiting = statistics.median(found[-1].stalled_s / found[-1].seconds for found in rounds)
+    read_s = statistics.median(cost_of_a_read(plain, few) for plain, few, _ in rounds)
+    waiting = statistics.median(whole.stalled_s / whole.seconds for _, _, whole in rounds)
     disk = replace(studied.observed.disk[slots_nbytes], read_s=read_s)
     if waiting > STALLED:
         observed = replace(studied.observed, disk={slots_nbytes: disk})
         predictor = replace(studied, observed=observed).predictor(slots_nbytes)
         tiers = {
             **tiers,
-            **{name: f"disk/{units[name].file_codec}" for name in rounds[0][-1].names},
+            **{name: f"disk/{units[name].file_codec}" for name in rounds[0][2].names},
         }
         computed = predictor.predict(studied.units, tiers, tokens).resources_s[COMPUTE]
         seconds = computed / (1 - waiting)
