@@ -12,12 +12,13 @@ class Affinity {
  public:
   Affinity() { CPU_ZERO(&own_); }
 
+  // -1: off none.
   void keep_off(int cpu) {
     cpu_set_t now;
-    if (cpu < 0 || sched_getaffinity(0, sizeof now, &now) != 0) return;
+    if (sched_getaffinity(0, sizeof now, &now) != 0) return;
     if (!CPU_EQUAL(&now, &own_)) allowed_ = now;
     cpu_set_t wanted = allowed_;
-    CPU_CLR(cpu, &wanted);
+    if (cpu >= 0) CPU_CLR(cpu, &wanted);
     if (CPU_COUNT(&wanted) == 0) wanted = allowed_;
     if (CPU_EQUAL(&wanted, &now)) return;
     if (sched_setaffinity(0, sizeof wanted, &wanted) == 0) own_ = wanted;

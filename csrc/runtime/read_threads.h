@@ -39,8 +39,8 @@ class ReadThreads {
   /** Has a thread call `read_one`; harmless where there is nothing to do. */
   void wake(Client* client);
 
-  /** Names the processor of a thread that others wait for, such as the one that runs a model. Reads keep off it where
-   *  there is another: where all compute, each read costs who is interrupted tens of microseconds, twice. */
+  /** Names the processor of a thread that others wait for, such as the one that runs a model; -1: there is none. Reads
+   *  keep off it where there is another: where all compute, each read costs who is interrupted tens of microseconds. */
   void keep_off(int cpu) { busy_cpu_.store(cpu, std::memory_order_relaxed); }
 
   /** Returns when no thread is in `read_one`, and none will be. */

@@ -126,7 +126,8 @@ class WeightStream final : public ReadThreads::Client {
   std::deque<UsePtr> active_;  // the front one's turn is next
   std::map<std::thread::id, Order> orders_;
   LearntOrder learnt_;
-  int64_t clock_ = 0;  // uses begun, by which idle orders are told
+  int64_t clock_ = 0;      // uses begun, by which idle orders are told
+  int64_t calm_uses_ = 0;  // begun since one stalled that could have been expected
   int readers_ = 0, waiters_ = 0;
   int64_t reading_since_ = 0, waiting_since_ = 0;
   bool closed_ = false;
