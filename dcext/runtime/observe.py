@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -28,8 +28,8 @@ SAMPLES = 6  # units of a kind whose codecs are changed: a multiple of the codec
 PASSES, PASSES_AT_MOST = 3, 12
 SECONDS_OF_A_LENGTH = 1.0  # in each rotation; more passes than three only so long
 DISK_READS_NBYTES, DISK_LOOKS = 512 << 20, 3
-STREAMING_ROUNDS = 4
-KEEPING_UP = 0.5  # of what the disk reads in a pass: so much, to see what reads cost who never waits for them
+STREAMING_ROUNDS = 8
+KEEPING_UP = 0.7  # of what the disk reads in a pass: so much, to see what reads cost who never waits for them
 T = TypeVar("T")
 Forward = Callable[[int], object]
 Progress = Callable[[str, float], None]
@@ -291,11 +291,13 @@ class Streamed:
         names: of the weights there.
         seconds: of a pass.
         stalled_s: of those, in which a layer waited for a read.
+        read_gbps: of the disk while at least one read was under way; 0 where nothing is read.
     """
 
     names: list[str]
     seconds: float
-    stalled_s: float
+    stalled_s: float = 0.0
+    read_gbps: float = 0.0
 
 
 @torch.inference_mode()
@@ -334,9 +336,12 @@ def observe_streaming(
         forward(tokens)
         stalled_s = 0.0 if stream is None else stream.statistics().stall_s
         seconds = pass_times(forward, tokens, SECONDS_OF_A_LENGTH / STREAMING_ROUNDS)
-        if stream is not None:
-            stalled_s = (stream.statistics().stall_s - stalled_s) / len(seconds)
-        return Streamed([w.name for w in streamed], statistics.median(seconds), stalled_s)
+        found = Streamed([w.name for w in streamed], statistics.median(seconds))
+        if stream is None:
+            return found
+        read = stream.statistics()
+        stalled_s = (read.stall_s - stalled_s) / len(seconds)
+        return replace(found, stalled_s=stalled_s, read_gbps=read.read_gbps)
 
     try:
         nbytes = KEEPING_UP * pass_seconds(forward, tokens) * gbps * 1e9

@@ -15,7 +15,7 @@ from dcext.policy.decide import Budget, BudgetError, Decider
 from dcext.policy.machine import Machine, load_machine
 from dcext.policy.measure import tune
 from dcext.policy.plan import Plan
-from dcext.policy.predict import COMPUTE, Observed, ObservedDisk, Predictor, Unit
+from dcext.policy.predict import Observed, ObservedDisk, Predictor, Unit
 from dcext.policy.presets import preset
 from dcext.runtime.budget import format_nbytes, free_memory, parse_nbytes
 from dcext.runtime.observe import (
@@ -173,10 +173,8 @@ def study(
                 continue
             observed.disk[slots] = ObservedDisk(gbps, 0.0)
             if not any(weight.module.is_in_file for weight in weights):
-                tokens = min(lengths)
-                passes = observe_streaming(model, weights, tokens, forward, slots, gbps)
-                tiers = {weight.name: weight.tier for weight in weights}
-                observed.disk[slots] = _disk_of(studied, slots, tokens, tiers, passes)
+                passes = observe_streaming(model, weights, min(lengths), forward, slots, gbps)
+                observed.disk[slots] = _disk_of(studied, slots, passes)
     resident = sum(w.module.payload.nbytes for w in weights if not w.module.is_in_file)
     return Study(units, found, observed, other_nbytes(model), resident)
 
@@ -184,17 +182,13 @@ def study(
 def _disk_of(
     studied: Study,
     slots_nbytes: int,
-    tokens: int,
-    tiers: Mapping[str, str],
     rounds: list[tuple[Streamed, Streamed, Streamed]],
 ) -> ObservedDisk:
-    """What reads cost who computes, from what passes with layers on the disk take longer; and the rate, if they wait for it.
+    """What reads cost who computes, by how much longer passes take that never wait; and the disk's rate in those that do.
 
     Args:
         studied: what is known; of the disk the rate at which nobody computes.
         slots_nbytes: that there were to read into.
-        tokens: of the passes.
-        tiers: of the layers that were in memory.
         rounds: passes with no layers on the disk, with a few, and with all of them there.
     """
     predictor = studied.predictor(slots_nbytes)
@@ -213,16 +207,8 @@ def _disk_of(
     read_s = statistics.median(cost_of_a_read(plain, few) for plain, few, _ in rounds)
     waiting = statistics.median(whole.stalled_s / whole.seconds for _, _, whole in rounds)
     disk = replace(studied.observed.disk[slots_nbytes], read_s=read_s)
-    if waiting > STALLED:
-        observed = replace(studied.observed, disk={slots_nbytes: disk})
-        predictor = replace(studied, observed=observed).predictor(slots_nbytes)
-        tiers = {
-            **tiers,
-            **{name: f"disk/{units[name].file_codec}" for name in rounds[0][2].names},
-        }
-        computed = predictor.predict(studied.units, tiers, tokens).resources_s[COMPUTE]
-        seconds = computed / (1 - waiting)
-        disk = replace(disk, gbps=predictor.disk_gbps_of(studied.units, tiers, tokens, seconds))
+    if waiting > STALLED:  # as fast as it reads while someone computes
+        disk = replace(disk, gbps=statistics.median(whole.read_gbps for _, _, whole in rounds))
     return disk
 
 
