@@ -196,10 +196,12 @@ def _disk_of(
     verify_gbps = studied.machine.verify_gbps or math.inf
 
     def cost_of_a_read(plain: Streamed, few: Streamed) -> float:
-        there = [units[name] for name in few.names]
-        nbytes = [unit.nbytes[unit.file_codec or ""] for unit in there]
-        reads = sum(u.multiplied * predictor.pieces(n) for u, n in zip(there, nbytes, strict=True))
-        verified = sum(u.multiplied * n for u, n in zip(there, nbytes, strict=True))
+        reads, verified = 0, 0
+        for name in few.names:
+            unit = units[name]
+            nbytes = unit.nbytes[unit.file_codec or ""]
+            reads += unit.multiplied * predictor.pieces(nbytes)
+            verified += unit.multiplied * nbytes
         cost = few.seconds - few.stalled_s - plain.seconds - verified / (verify_gbps * 1e9)
         return max(cost, 0.0) / max(reads, 1)
 
