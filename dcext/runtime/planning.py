@@ -173,8 +173,10 @@ def study(
                 continue
             observed.disk[slots] = ObservedDisk(gbps, 0.0)
             if not any(weight.module.is_in_file for weight in weights):
-                passes = observe_streaming(model, weights, min(lengths), forward, slots, gbps)
-                observed.disk[slots] = _disk_of(studied, slots, passes)
+                tokens = min(lengths)
+                passes = observe_streaming(model, weights, tokens, forward, slots, gbps)
+                codecs = {weight.name: weight.module.codec for weight in weights}
+                observed.disk[slots] = _disk_of(studied, slots, tokens, codecs, passes)
     resident = sum(w.module.payload.nbytes for w in weights if not w.module.is_in_file)
     return Study(units, found, observed, other_nbytes(model), resident)
 
@@ -182,6 +184,8 @@ def study(
 def _disk_of(
     studied: Study,
     slots_nbytes: int,
+    tokens: int,
+    codecs: Mapping[str, str],
     rounds: list[tuple[Streamed, Streamed, Streamed]],
 ) -> ObservedDisk:
     """What reads cost who computes, by how much longer passes take that never wait; and the disk's rate in those that do.
@@ -189,6 +193,8 @@ def _disk_of(
     Args:
         studied: what is known; of the disk the rate at which nobody computes.
         slots_nbytes: that there were to read into.
+        tokens: of the passes.
+        codecs: of the layers while they were in memory.
         rounds: passes with no layers on the disk, with a few, and with all of them there.
     """
     predictor = studied.predictor(slots_nbytes)
@@ -196,13 +202,14 @@ def _disk_of(
     verify_gbps = studied.machine.verify_gbps or math.inf
 
     def cost_of_a_read(plain: Streamed, few: Streamed) -> float:
-        reads, verified = 0, 0
+        reads, expected_s = 0, 0.0
         for name in few.names:
-            unit = units[name]
-            nbytes = unit.nbytes[unit.file_codec or ""]
-            reads += unit.multiplied * predictor.pieces(nbytes)
-            verified += unit.multiplied * nbytes
-        cost = few.seconds - few.stalled_s - plain.seconds - verified / (verify_gbps * 1e9)
+            unit, codec = units[name], units[name].file_codec or ""
+            reads += unit.multiplied * predictor.pieces(unit.nbytes[codec])
+            expected_s += unit.multiplied * unit.nbytes[codec] / (verify_gbps * 1e9)
+            expected_s += predictor.compute_s(unit, codec, tokens)
+            expected_s -= predictor.compute_s(unit, codecs[name], tokens)
+        cost = few.seconds - few.stalled_s - plain.seconds - expected_s
         return max(cost, 0.0) / max(reads, 1)
 
     # The speed of a machine may change from round to round.
