@@ -19,7 +19,7 @@ from dcext.policy.decide import BudgetError
 from dcext.policy.machine import Machine
 from dcext.policy.plan import count_tokens
 from dcext.policy.predict import Observed, ObservedDisk, Prediction
-from dcext.runtime.explore import Exploration, Seen
+from dcext.runtime.explore import Exploration, Seen, median_of
 from dcext.runtime.observe import Forward, Progress
 from dcext.runtime.passes import gate_of
 from dcext.runtime.placement import offload_of
@@ -134,9 +134,7 @@ class Adapter:
         seen = Seen(seconds, min(max(self._stalled_s - before, 0.0), seconds))
         if self._exploration is not None:
             if self._exploration.see(tokens, seen):
-                cause, reason = self._why
-                found = self._exploration.observed(self._study, self._predictor)
-                self._look(cause, reason, found)
+                self._look(*self._why, self._explored(self._exploration, tokens))
             return
         self._seen[tokens].append(seen)
         drifts = self._drifts(tokens)
@@ -146,7 +144,11 @@ class Adapter:
             return
         cause, reason = due[0], drifts[due[0]].reason
         if cause == "disk":
-            self._look(cause, reason, self._with_disk_of(tokens))
+            recent = median_of(self._seen[tokens])
+            found = self._with_disk_of(
+                self._study.observed, self.plan.tiers, tokens, recent.seconds
+            )
+            self._look(cause, reason, found)
             return
         room = math.inf
         if self.plan.host_memory is not None:
@@ -188,12 +190,22 @@ class Adapter:
                 found["disk" if is_disk else "compute"] = Drift(max(ratio, 1 / ratio), reason)
         return found
 
-    def _with_disk_of(self, tokens: int) -> Observed:
-        """What is known, with the rate of the disk that explains the passes that were just seen."""
-        seconds = statistics.median(seen.seconds for seen in self._seen[tokens])
-        observed = self._study.observed
+    def _explored(self, exploration: Exploration, tokens: int) -> Observed:
+        """What an exploration has found; the rate of the disk too, where its passes waited for it."""
+        found = exploration.observed(self._study, self._predictor)
+        plain = exploration.plain
+        if plain is None or plain.stalled_s <= STALLED * plain.seconds:
+            return found
+        tiers = {weight.name: weight.tier for weight in self._weights}
+        return self._with_disk_of(found, tiers, tokens, plain.seconds)
+
+    def _with_disk_of(
+        self, observed: Observed, tiers: Mapping[str, str], tokens: int, seconds: float
+    ) -> Observed:
+        """What is known, with the rate of the disk with which passes take as long as they did."""
         slots = self.plan.slots_nbytes
-        rate = self._predictor.disk_gbps_of(self._study.units, self.plan.tiers, tokens, seconds)
+        predictor = replace(self._study, observed=observed).predictor(slots)
+        rate = predictor.disk_gbps_of(self._study.units, tiers, tokens, seconds)
         first = self._first_disk or {slots: ObservedDisk(self._predictor.disk_gbps, 0.0)}
         then = first[min(first, key=lambda n: abs(n - slots))].gbps
         # A slower disk bounds reads of any size; a faster one is so in proportion.

@@ -30,6 +30,14 @@ class Seen:
     stalled_s: float
 
 
+def median_of(passes: Sequence[Seen]) -> Seen:
+    """Its seconds, and those in which it waited, each the median."""
+    return Seen(
+        statistics.median(seen.seconds for seen in passes),
+        statistics.median(seen.stalled_s for seen in passes),
+    )
+
+
 class Exploration:
     """Passes in which a few layers have codecs that no other of their kind has; every other one has its layers timed."""
 
@@ -50,7 +58,7 @@ class Exploration:
         self._clock = LayerClock(weights)
         self._layers: list[dict[str, float]] = []
         self._stalled: list[float] = []
-        self._plain: list[float] = []
+        self._plain: list[Seen] = []
         self._left = 8 * CLOCKED
         self._is_clocked = True
         self._change_some(room)
@@ -87,7 +95,7 @@ class Exploration:
             self._layers.append(layers)
             self._stalled.append(seen.stalled_s)
         elif tokens == self._tokens:
-            self._plain.append(seen.seconds)
+            self._plain.append(seen)
         self._clock.stop()
         if min(len(self._layers), len(self._plain)) == CLOCKED or self._left <= 0:
             return True
@@ -96,6 +104,11 @@ class Exploration:
             self._clock.start()
         return False
 
+    @property
+    def plain(self) -> Seen | None:
+        """A pass in which no layers were timed; None where all were of other lengths."""
+        return median_of(self._plain) if self._plain else None
+
     def observed(self, study: Study, old: Predictor) -> Observed:
         """What is known, corrected by what was seen.
 
@@ -103,7 +116,8 @@ class Exploration:
             study: what was known.
             old: its predictor, with the memory to read into that there is.
         """
-        if not self._layers or not self._plain:  # passes were of other lengths
+        plain = self.plain
+        if not self._layers or plain is None:  # passes were of other lengths
             return study.observed
         tokens = self._tokens
         names = {name for layers in self._layers for name in layers}
@@ -113,7 +127,7 @@ class Exploration:
         }
         lengths = {*study.observed.other_s, tokens}
         other_s = {n: old.other_s(n) for n in lengths}
-        rest = statistics.median(self._plain) - sum(taken.values())
+        rest = plain.seconds - sum(taken.values())
         other_s[tokens] = max(rest, LEAST_OTHER * other_s[tokens], 1e-6)
         corrected = replace(
             study.observed,
