@@ -32,6 +32,7 @@ PATIENCE = 3  # such passes one after the other
 # Passes after a look, in which there is no other for the same cause; so many times as many after each that moved nothing:
 # a machine whose speed wavers is not looked at for ever. For large drifts one such look is forgiven.
 REST, TIRED, LARGE_DRIFT = 6, 4, 1.5
+SETTLING = 14  # passes after a look, in which a disk may be faster than it is: while layers were moved nobody read
 GAIN = 0.03  # of the time of a pass, for which layers are moved
 
 
@@ -60,10 +61,11 @@ class Look:
 
 @dataclass(frozen=True)
 class Drift:
-    """What is not as predicted: by how much, at least 1, and in words."""
+    """What is not as predicted: by how much, at least 1, in words, and whether passes take less time."""
 
     factor: float
     reason: str
+    faster: bool = False
 
 
 class Adapter:
@@ -161,6 +163,8 @@ class Adapter:
     def _is_due(self, cause: str, drift: Drift) -> bool:
         forgiven = int(drift.factor > LARGE_DRIFT)
         rest = REST * TIRED ** max(self._unmoved[cause] - forgiven, 0)
+        if cause == "disk" and drift.faster:
+            rest = max(rest, SETTLING)
         return self.passes >= self._looked[cause] + rest
 
     def _prediction(self, tokens: int) -> Prediction:
@@ -187,7 +191,8 @@ class Adapter:
                 # Computing that takes shorter or longer beside the disk does not show while it is waited for.
                 is_disk = waits or (ratio < 1 and predicted.binds == "disk")
                 reason += ", waiting for the disk" if waits else ""
-                found["disk" if is_disk else "compute"] = Drift(max(ratio, 1 / ratio), reason)
+                drift = Drift(max(ratio, 1 / ratio), reason, ratio < 1)
+                found["disk" if is_disk else "compute"] = drift
         return found
 
     def _explored(self, exploration: Exploration, tokens: int) -> Observed:
