@@ -26,9 +26,9 @@ from dcext.policy.predict import Observed, ObservedDisk, Predictor, Unit
 from dcext.policy.timeline import SLOTS, pass_s, slots_of
 from dcext.runtime.adapt import Adapter
 from dcext.runtime.host_stream import HostStream
-from dcext.runtime.observe import describe, forward_of
+from dcext.runtime.observe import Streamed, describe, forward_of
 from dcext.runtime.placement import LEAST_SLOTS_NBYTES, other_nbytes
-from dcext.runtime.planning import Study
+from dcext.runtime.planning import Study, _disk_of
 from dcext.runtime.retier import plan_of
 from dcext.runtime.weights import weights_of
 
@@ -462,3 +462,33 @@ def test_adapting_is_for_the_cpu(folders):
 def test_a_model_without_a_vocabulary_needs_to_be_told_how_to_run():
     with pytest.raises(ValueError, match=r"forward: expected a function"):
         forward_of(nn.Linear(2, 2))
+
+
+def test_what_reads_cost_is_told_apart_from_waiting_decoding_and_the_disk():
+    study = Study(drawn_units(np.random.default_rng(1), 8), CPU, Observed(), 0)
+    slots, read_s, waited_s = 2 << 20, 40e-6, 3e-3
+    study.observed.disk[slots] = ObservedDisk(2.0, 0.0)
+    few = [unit for unit in study.units if unit.multiplied and unit.file_codec][::2]
+    assert few
+    predictor = study.predictor(slots)
+    codecs = {unit.name: "raw" for unit in study.units}
+    reads = sum(predictor.pieces(unit.nbytes[unit.file_codec]) for unit in few)
+    longer_s = sum(
+        predictor.compute_s(unit, unit.file_codec, 1)
+        - predictor.compute_s(unit, "raw", 1)
+        + unit.nbytes[unit.file_codec] / (CPU.verify_gbps * 1e9)
+        for unit in few
+    )
+    rounds = []
+    for plain_s in (0.5, 0.8, 0.5):  # whatever speed the machine has meanwhile
+        plain = Streamed([], plain_s)
+        some = Streamed(
+            [u.name for u in few], plain_s + longer_s + waited_s + reads * read_s, waited_s
+        )
+        whole = Streamed([u.name for u in study.units], 1.0, 0.3, 1.7)
+        rounds.append((plain, some, whole))
+    found = _disk_of(study, slots, 1, codecs, rounds)
+    assert found.read_s == pytest.approx(read_s)
+    assert found.gbps == 1.7
+    calm = [(plain, some, Streamed(w.names, 1.0, 0.01, 1.2)) for plain, some, w in rounds]
+    assert _disk_of(study, slots, 1, codecs, calm).gbps == 2.0

@@ -31,7 +31,7 @@ class Seen:
 
 
 def median_of(passes: Sequence[Seen]) -> Seen:
-    """Its seconds, and those in which it waited, each the median."""
+    """Of seconds and of those that were waited, each for itself; of at least one pass."""
     return Seen(
         statistics.median(seen.seconds for seen in passes),
         statistics.median(seen.stalled_s for seen in passes),
@@ -106,7 +106,7 @@ class Exploration:
 
     @property
     def plain(self) -> Seen | None:
-        """A pass in which no layers were timed; None where all were of other lengths."""
+        """The median of passes in which no layers were timed; None where all were of other lengths."""
         return median_of(self._plain) if self._plain else None
 
     def observed(self, study: Study, old: Predictor) -> Observed:

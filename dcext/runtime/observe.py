@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -336,12 +336,12 @@ def observe_streaming(
         forward(tokens)
         stalled_s = 0.0 if stream is None else stream.statistics().stall_s
         seconds = pass_times(forward, tokens, SECONDS_OF_A_LENGTH / STREAMING_ROUNDS)
-        found = Streamed([w.name for w in streamed], statistics.median(seconds))
+        names, median_s = [weight.name for weight in streamed], statistics.median(seconds)
         if stream is None:
-            return found
+            return Streamed(names, median_s)
         read = stream.statistics()
         stalled_s = (read.stall_s - stalled_s) / len(seconds)
-        return replace(found, stalled_s=stalled_s, read_gbps=read.read_gbps)
+        return Streamed(names, median_s, stalled_s, read.read_gbps)
 
     try:
         nbytes = KEEPING_UP * pass_seconds(forward, tokens) * gbps * 1e9

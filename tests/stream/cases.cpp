@@ -1,5 +1,6 @@
 #include "cases.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cinttypes>
 #include <cstdio>
@@ -157,6 +158,10 @@ void idle_with_a_read_under_way() {
     if (stream.wait(*use, 0, &data).ok()) stop("a read that must fail");
   });
   expect_idle("waiting for a read");
+  const StreamStatistics statistics = stream.statistics();
+  if (std::min(statistics.reading_ns, statistics.stall_ns) < 1'000'000'000) {
+    stop("a second of a read and a wait under way that is not counted");
+  }
   source.open();
   user.join();
   stream.end(use);
