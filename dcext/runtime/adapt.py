@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import threading
 import time
 from collections import defaultdict, deque
@@ -19,11 +18,10 @@ from dcext.policy.decide import BudgetError
 from dcext.policy.machine import Machine
 from dcext.policy.plan import count_tokens
 from dcext.policy.predict import Observed, ObservedDisk, Prediction
-from dcext.runtime.explore import Exploration, Seen, median_of
-from dcext.runtime.observe import Forward, Progress
+from dcext.runtime.explore import Exploration
+from dcext.runtime.observe import Forward, Progress, Seen, StreamMeter, typical_of
 from dcext.runtime.passes import gate_of
-from dcext.runtime.placement import offload_of
-from dcext.runtime.planning import STALLED, Study, checked_mix, study
+from dcext.runtime.planning import Study, checked_mix, study
 from dcext.runtime.retier import apply
 from dcext.runtime.weights import weights_of
 
@@ -71,8 +69,8 @@ class Drift:
 class Adapter:
     """What ``adapt`` returns. Works between passes, in the thread that ran the pass.
 
-    It watches the time of passes. Where they wait for the disk and that drifts from what was predicted, the rate of the disk
-    that explains it is taken. Where computing drifts, a few layers get codecs that no other of their kind has, and layers
+    It watches the time of passes. Where they wait for the disk and that drifts from what was predicted, the rate at which it
+    was read is taken. Where computing drifts, a few layers get codecs that no other of their kind has, and layers
     are timed for a few passes. Then the plan is made anew.
 
     Attributes:
@@ -114,13 +112,7 @@ class Adapter:
         self._drifted = 0
         self._exploration: Exploration | None = None
         self._why = ("", "")  # cause and reason of the exploration
-        self._stalled_s = self._stall_s()
-
-    def _stall_s(self) -> float:
-        """Seconds in which layers have waited since their stream was made."""
-        offload = offload_of(self._model)
-        stream = None if offload is None else offload.stream
-        return 0.0 if stream is None else float(stream.native.statistics()["stall_s"])
+        self._meter = StreamMeter(self._model)
 
     def _after_pass(self, tokens: int, seconds: float) -> None:
         # One of several threads that run the model is enough.
@@ -132,11 +124,10 @@ class Adapter:
 
     def _see_pass(self, tokens: int, seconds: float) -> None:
         self.passes += 1
-        before, self._stalled_s = self._stalled_s, self._stall_s()
-        seen = Seen(seconds, min(max(self._stalled_s - before, 0.0), seconds))
+        seen = self._meter.see(seconds)
         if self._exploration is not None:
             if self._exploration.see(tokens, seen):
-                self._look(*self._why, self._explored(self._exploration, tokens))
+                self._look(*self._why, self._explored(self._exploration))
             return
         self._seen[tokens].append(seen)
         drifts = self._drifts(tokens)
@@ -146,11 +137,8 @@ class Adapter:
             return
         cause, reason = due[0], drifts[due[0]].reason
         if cause == "disk":
-            recent = median_of(self._seen[tokens])
-            found = self._with_disk_of(
-                self._study.observed, self.plan.tiers, tokens, recent.seconds
-            )
-            self._look(cause, reason, found)
+            recent = typical_of(self._seen[tokens])
+            self._look(cause, reason, self._with_disk_of(self._study.observed, recent))
             return
         room = math.inf
         if self.plan.host_memory is not None:
@@ -182,35 +170,28 @@ class Adapter:
             found["threads"] = Drift(math.inf, reason)
         recent = self._seen[tokens]
         if len(recent) == PATIENCE:
-            seconds = statistics.median(seen.seconds for seen in recent)
-            waits = statistics.median(seen.stalled_s / seen.seconds for seen in recent) > STALLED
-            predicted = self._prediction(tokens)
-            ratio = seconds / predicted.pipelined_s
+            typical, predicted = typical_of(recent), self._prediction(tokens)
+            ratio = typical.seconds / predicted.pipelined_s
             reason = f"passes of {count_tokens(tokens)} take {ratio:.2f} times as long as predicted"
             if max(ratio, 1 / ratio) > DRIFT:
                 # Computing that takes shorter or longer beside the disk does not show while it is waited for.
-                is_disk = waits or (ratio < 1 and predicted.binds == "disk")
-                reason += ", waiting for the disk" if waits else ""
+                is_disk = typical.waits or (ratio < 1 and predicted.binds == "disk")
+                reason += ", waiting for the disk" if typical.waits else ""
                 drift = Drift(max(ratio, 1 / ratio), reason, ratio < 1)
                 found["disk" if is_disk else "compute"] = drift
         return found
 
-    def _explored(self, exploration: Exploration, tokens: int) -> Observed:
+    def _explored(self, exploration: Exploration) -> Observed:
         """What an exploration has found; the rate of the disk too, where its passes waited for it."""
         found = exploration.observed(self._study, self._predictor)
         plain = exploration.plain
-        if plain is None or plain.stalled_s <= STALLED * plain.seconds:
-            return found
-        tiers = {weight.name: weight.tier for weight in self._weights}
-        return self._with_disk_of(found, tiers, tokens, plain.seconds)
+        return self._with_disk_of(found, plain) if plain is not None and plain.waits else found
 
-    def _with_disk_of(
-        self, observed: Observed, tiers: Mapping[str, str], tokens: int, seconds: float
-    ) -> Observed:
-        """What is known, with the rate of the disk with which passes take as long as they did."""
-        slots = self.plan.slots_nbytes
-        predictor = replace(self._study, observed=observed).predictor(slots)
-        rate = predictor.disk_gbps_of(self._study.units, tiers, tokens, seconds)
+    def _with_disk_of(self, observed: Observed, seen: Seen) -> Observed:
+        """What is known, with the rate of the disk at which it was read."""
+        slots, rate = self.plan.slots_nbytes, seen.disk_gbps
+        if rate == 0:
+            return observed
         first = self._first_disk or {slots: ObservedDisk(self._predictor.disk_gbps, 0.0)}
         then = first[min(first, key=lambda n: abs(n - slots))].gbps
         # A slower disk bounds reads of any size; a faster one is so in proportion.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.predict import COMPUTE, Observed, ObservedDisk, Predictor, Unit
-from dcext.runtime.observe import LayerClock
+from dcext.runtime.observe import LayerClock, Seen, typical_of
 from dcext.runtime.weights import Weight
 
 if TYPE_CHECKING:
@@ -20,22 +20,6 @@ if TYPE_CHECKING:
 
 CLOCKED = 3  # passes in which layers are timed, and as many between them in which they are not
 LEAST_OTHER = 0.2  # of what is not a layer, below which it is not corrected
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A pass: its seconds, and those of them in which a layer waited for the disk."""
-
-    seconds: float
-    stalled_s: float
-
-
-def median_of(passes: Sequence[Seen]) -> Seen:
-    """Of seconds and of those that were waited, each for itself; of at least one pass."""
-    return Seen(
-        statistics.median(seen.seconds for seen in passes),
-        statistics.median(seen.stalled_s for seen in passes),
-    )
 
 
 class Exploration:
@@ -106,8 +90,8 @@ class Exploration:
 
     @property
     def plain(self) -> Seen | None:
-        """The median of passes in which no layers were timed; None where all were of other lengths."""
-        return median_of(self._plain) if self._plain else None
+        """Of passes in which no layers were timed; None where all were of other lengths."""
+        return typical_of(self._plain) if self._plain else None
 
     def observed(self, study: Study, old: Predictor) -> Observed:
         """What is known, corrected by what was seen.

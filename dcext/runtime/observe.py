@@ -21,6 +21,7 @@ from dcext.policy.footprint import payload_index_nbytes
 from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.predict import Observed, Unit, place_and_codec
 from dcext.runtime.host_stream import HostStream
+from dcext.runtime.placement import offload_of
 from dcext.runtime.retier import retier
 from dcext.runtime.weights import Weight
 
@@ -29,6 +30,7 @@ PASSES, PASSES_AT_MOST = 3, 12
 SECONDS_OF_A_LENGTH = 1.0  # in each rotation; more passes than three only so long
 DISK_READS_NBYTES, DISK_LOOKS = 512 << 20, 3
 STREAMING_ROUNDS = 8
+STALLED = 0.1  # share of a pass spent waiting from which the disk is what binds
 KEEPING_UP = 0.7  # of what the disk reads in a pass: so much, to see what reads cost who never waits for them
 T = TypeVar("T")
 Forward = Callable[[int], object]
@@ -284,20 +286,74 @@ def observe_disk(weights: Sequence[Weight], slots_nbytes: int) -> float | None:
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """Passes of a model of which some layers are read from the disk.
+class Seen:
+    """One pass, or several.
 
     Attributes:
-        names: of the weights there.
-        seconds: of a pass.
-        stalled_s: of those, in which a layer waited for a read.
-        read_gbps: of the disk while at least one read was under way; 0 where nothing is read.
+        seconds: that it took.
+        stalled_s: of those, in which a layer waited for the disk.
+        read_nbytes: bytes read from the disk meanwhile.
+        reading_s: seconds in which at least one read was under way.
     """
 
-    names: list[str]
     seconds: float
     stalled_s: float = 0.0
-    read_gbps: float = 0.0
+    read_nbytes: float = 0.0
+    reading_s: float = 0.0
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is the disk that binds."""
+        return self.stalled_s > STALLED * self.seconds
+
+    @property
+    def disk_gbps(self) -> float:
+        """Of the disk while it was read; 0 where nothing was."""
+        return self.read_nbytes / self.reading_s / 1e9 if self.reading_s > 0 else 0.0
+
+
+def typical_of(passes: Sequence[Seen]) -> Seen:
+    """The medians of seconds and of those that were waited, the means of what was read; of at least one pass."""
+    return Seen(
+        statistics.median(seen.seconds for seen in passes),
+        statistics.median(seen.stalled_s for seen in passes),
+        statistics.mean(seen.read_nbytes for seen in passes),
+        statistics.mean(seen.reading_s for seen in passes),
+    )
+
+
+class StreamMeter:
+    """Tells what the stream of a model did from pass to pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = self._now()
+
+    def see(self, seconds: float) -> Seen:
+        """The time since the last call, or since this was made, in which passes ran for so many seconds."""
+        before, self._before = self._before, self._now()
+        did = [max(now - then, 0) for now, then in zip(self._before, before, strict=True)]
+        return Seen(seconds, min(did[0], seconds), *did[1:])
+
+    def _now(self) -> tuple[float, float, float]:
+        offload = offload_of(self._model)
+        if offload is None or offload.stream is None:
+            return 0.0, 0.0, 0.0
+        done = offload.stream.native.statistics()
+        return done["stall_s"], done["read_nbytes"], done["reading_s"]
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """Passes of a model without layers on the disk, with a few, and with all of them there; several times in turns.
+
+    Attributes:
+        few: names of the few.
+        rounds: the typical pass of each of the three.
+    """
+
+    few: list[str]
+    rounds: list[tuple[Seen, Seen, Seen]]
 
 
 @torch.inference_mode()
@@ -308,7 +364,7 @@ def observe_streaming(
     forward: Forward,
     slots_nbytes: int,
     gbps: float,
-) -> list[tuple[Streamed, Streamed, Streamed]]:
+) -> Streaming:
     """Passes of a model without layers on the disk, with a few, and with all of them there; several times in turns.
 
     The few are as many as the disk has read long before they are needed.
@@ -329,39 +385,35 @@ def observe_streaming(
         for weight, payload in kept:
             weight.rest_in_memory(payload)
 
-    def taken(streamed: Sequence[Weight]) -> Streamed:
+    def taken(streamed: Sequence[Weight]) -> Seen:
         in_memory()
         tiers = before | {weight.name: f"disk/{weight.file_codec}" for weight in streamed}
-        stream = retier(model, list(weights), tiers, slots_nbytes).stream
+        retier(model, list(weights), tiers, slots_nbytes)
         forward(tokens)
-        stalled_s = 0.0 if stream is None else stream.statistics().stall_s
-        seconds = pass_times(forward, tokens, SECONDS_OF_A_LENGTH / STREAMING_ROUNDS)
-        names, median_s = [weight.name for weight in streamed], statistics.median(seconds)
-        if stream is None:
-            return Streamed(names, median_s)
-        read = stream.statistics()
-        stalled_s = (read.stall_s - stalled_s) / len(seconds)
-        return Streamed(names, median_s, stalled_s, read.read_gbps)
+        meter = StreamMeter(model)
+        taken_s = pass_times(forward, tokens, SECONDS_OF_A_LENGTH / STREAMING_ROUNDS)
+        return typical_of([meter.see(seconds) for seconds in taken_s])
 
     try:
         nbytes = KEEPING_UP * pass_seconds(forward, tokens) * gbps * 1e9
         mean_nbytes = statistics.mean(weight.nbytes for weight in layers)
         few = _evenly(layers, max(1, int(nbytes / mean_nbytes)))
-        return [(taken([]), taken(few), taken(layers)) for _ in range(STREAMING_ROUNDS)]
+        rounds = [(taken([]), taken(few), taken(layers)) for _ in range(STREAMING_ROUNDS)]
+        return Streaming([weight.name for weight in few], rounds)
     finally:
         in_memory()
         retier(model, list(weights), before, slots_nbytes)
 
 
-def pass_times(forward: Forward, tokens: int, budget_s: float) -> list[float]:
-    """Seconds of several passes, of as many as fit in a time."""
-    taken: list[float] = []
+def pass_times(forward: Forward, tokens: int, budget_s: float) -> Iterator[float]:
+    """Seconds of several passes, one after the other, of as many as fit in a time."""
     end = time.perf_counter() + budget_s
-    while len(taken) < PASSES or (time.perf_counter() < end and len(taken) < 4 * PASSES_AT_MOST):
+    for count in range(4 * PASSES_AT_MOST):
         begin = time.perf_counter()
+        if count >= PASSES and begin >= end:
+            return
         forward(tokens)
-        taken.append(time.perf_counter() - begin)
-    return taken
+        yield time.perf_counter() - begin
 
 
 def pass_seconds(forward: Forward, tokens: int) -> float:

@@ -21,19 +21,20 @@ from dcext.runtime.budget import format_nbytes, free_memory, parse_nbytes
 from dcext.runtime.observe import (
     Forward,
     Progress,
-    Streamed,
+    Seen,
+    Streaming,
     describe,
     forward_of,
     observe,
     observe_disk,
     observe_streaming,
+    typical_of,
 )
 from dcext.runtime.placement import LEAST_SLOTS_NBYTES, SLOTS_NBYTES, other_nbytes, slots_for
 from dcext.runtime.weights import weights_of
 
 DEVICE = "cuda"  # that device_memory is of, on this machine
 FREE_SHARE = 0.8  # of free memory, what an automatic plan takes
-STALLED = 0.1  # share of a pass spent waiting from which the disk is what binds
 DESCRIBING, OBSERVING = 0.5, 0.5  # shares of the work
 
 
@@ -174,9 +175,9 @@ def study(
             observed.disk[slots] = ObservedDisk(gbps, 0.0)
             if not any(weight.module.is_in_file for weight in weights):
                 tokens = min(lengths)
-                passes = observe_streaming(model, weights, tokens, forward, slots, gbps)
+                streaming = observe_streaming(model, weights, tokens, forward, slots, gbps)
                 codecs = {weight.name: weight.module.codec for weight in weights}
-                observed.disk[slots] = _disk_of(studied, slots, tokens, codecs, passes)
+                observed.disk[slots] = _disk_of(studied, slots, tokens, codecs, streaming)
     resident = sum(w.module.payload.nbytes for w in weights if not w.module.is_in_file)
     return Study(units, found, observed, other_nbytes(model), resident)
 
@@ -186,7 +187,7 @@ def _disk_of(
     slots_nbytes: int,
     tokens: int,
     codecs: Mapping[str, str],
-    rounds: list[tuple[Streamed, Streamed, Streamed]],
+    streaming: Streaming,
 ) -> ObservedDisk:
     """What reads cost who computes, by how much longer passes take that never wait; and the disk's rate in those that do.
 
@@ -195,15 +196,15 @@ def _disk_of(
         slots_nbytes: that there were to read into.
         tokens: of the passes.
         codecs: of the layers while they were in memory.
-        rounds: passes with no layers on the disk, with a few, and with all of them there.
+        streaming: passes with no layers on the disk, with a few, and with all of them there.
     """
     predictor = studied.predictor(slots_nbytes)
     units = {unit.name: unit for unit in studied.units}
     verify_gbps = studied.machine.verify_gbps or math.inf
 
-    def cost_of_a_read(plain: Streamed, few: Streamed) -> float:
+    def cost_of_a_read(plain: Seen, few: Seen) -> float:
         reads, expected_s = 0, 0.0
-        for name in few.names:
+        for name in streaming.few:
             unit, codec = units[name], units[name].file_codec or ""
             reads += unit.multiplied * predictor.pieces(unit.nbytes[codec])
             expected_s += unit.multiplied * unit.nbytes[codec] / (verify_gbps * 1e9)
@@ -213,11 +214,11 @@ def _disk_of(
         return max(cost, 0.0) / max(reads, 1)
 
     # The speed of a machine may change from round to round.
-    read_s = statistics.median(cost_of_a_read(plain, few) for plain, few, _ in rounds)
-    waiting = statistics.median(whole.stalled_s / whole.seconds for _, _, whole in rounds)
+    read_s = statistics.median(cost_of_a_read(plain, few) for plain, few, _ in streaming.rounds)
     disk = replace(studied.observed.disk[slots_nbytes], read_s=read_s)
-    if waiting > STALLED:  # as fast as it reads while someone computes
-        disk = replace(disk, gbps=statistics.median(whole.read_gbps for _, _, whole in rounds))
+    whole = typical_of([whole for _, _, whole in streaming.rounds])
+    if whole.waits:  # as fast as it reads while someone computes
+        disk = replace(disk, gbps=whole.disk_gbps)
     return disk
 
 
