@@ -1,4 +1,5 @@
 #include <c10/util/ArrayRef.h>
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -10,6 +11,8 @@
 #include "ops_device_stream.h"
 #include "ops_seek.h"
 #include "ops_stream.h"
+#include "policy/anneal.h"
+#include "policy/timeline.h"
 #include "runtime/thread_pool.h"
 
 namespace py = pybind11;
@@ -139,6 +142,73 @@ void bind_device_stream(py::module_& m) {
       .def("close", &TensorStream::close, kReleased);
 }
 
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+Reads reads_of(const char* op, double bytes_per_s, int64_t slots, int64_t slot_nbytes) {
+  TORCH_CHECK_VALUE(bytes_per_s > 0 && slots >= 1 && slot_nbytes >= 1, op,
+                    ": expected a disk's rate above 0 and at least 1 slot of 1 byte, got ",
+                    bytes_per_s, " bytes per second and ", slots, " slots of ", slot_nbytes);
+  return {bytes_per_s, slots, slot_nbytes};
+}
+
+double pass_seconds(const Array<double>& compute_s, const Array<int64_t>& read_nbytes,
+                    double bytes_per_s, int64_t slots, int64_t slot_nbytes) {
+  const Reads reads = reads_of("dcext.pass_seconds", bytes_per_s, slots, slot_nbytes);
+  TORCH_CHECK_VALUE(
+      compute_s.ndim() == 1 && read_nbytes.ndim() == 1 && read_nbytes.size() == compute_s.size(),
+      "dcext.pass_seconds: read_nbytes: expected one for each of ", compute_s.size(),
+      " layers, got ", read_nbytes.size());
+  std::vector<Layer> layers;
+  for (py::ssize_t i = 0; i < compute_s.size(); ++i) {
+    layers.push_back({compute_s.at(i), read_nbytes.at(i)});
+  }
+  return Timeline(reads).pass_s(layers);
+}
+
+Array<int64_t> anneal_tiers(const Array<double>& compute_s, const Array<int64_t>& read_nbytes,
+                            const Array<int64_t>& memory_nbytes, const Array<double>& weights,
+                            int64_t budget_nbytes, double bytes_per_s, int64_t slots,
+                            int64_t slot_nbytes, const Array<int64_t>& choice, int64_t steps,
+                            uint64_t seed) {
+  constexpr const char* kOp = "dcext.anneal_tiers";
+  const Reads reads = reads_of(kOp, bytes_per_s, slots, slot_nbytes);
+  TORCH_CHECK_VALUE(compute_s.ndim() == 3, kOp, ": compute_s: expected 3 dimensions, got ",
+                    compute_s.ndim());
+  const int64_t units = compute_s.shape(0), tiers = compute_s.shape(1);
+  const int64_t workloads = compute_s.shape(2);
+  for (const auto* table : {&read_nbytes, &memory_nbytes}) {
+    TORCH_CHECK_VALUE(table->ndim() == 2 && table->shape(0) == units && table->shape(1) == tiers,
+                      kOp,
+                      ": read_nbytes, memory_nbytes: expected (units, tiers) as compute_s has, (",
+                      units, ", ", tiers, "), got another shape");
+  }
+  TORCH_CHECK_VALUE(weights.size() == workloads && choice.size() == units, kOp,
+                    ": weights, choice: expected ", workloads, " and ", units, " of them, got ",
+                    weights.size(), " and ", choice.size());
+  std::vector<int64_t> chosen(choice.data(), choice.data() + units);
+  for (const int64_t tier : chosen) {
+    TORCH_CHECK_VALUE(tier >= 0 && tier < tiers, kOp, ": choice: expected 0 to ", tiers - 1,
+                      ", got ", tier);
+  }
+  {
+    const py::gil_scoped_release release;
+    chosen = anneal({units, tiers, workloads, compute_s.data(), read_nbytes.data(),
+                     memory_nbytes.data(), weights.data(), budget_nbytes, reads},
+                    chosen, steps, seed);
+  }
+  return Array<int64_t>(units, chosen.data());
+}
+
+void bind_policy(py::module_& m) {
+  m.def("pass_seconds", &pass_seconds, py::arg("compute_s"), py::arg("read_nbytes"),
+        py::arg("bytes_per_s"), py::arg("slots"), py::arg("slot_nbytes"));
+  m.def("anneal_tiers", &anneal_tiers, py::arg("compute_s"), py::arg("read_nbytes"),
+        py::arg("memory_nbytes"), py::arg("weights"), py::arg("budget_nbytes"),
+        py::arg("bytes_per_s"), py::arg("slots"), py::arg("slot_nbytes"), py::arg("choice"),
+        py::arg("steps"), py::arg("seed"));
+}
+
 void set_num_threads(int num_threads) {
   TORCH_CHECK_VALUE(num_threads >= 1, "set_num_threads: expected at least 1, got ", num_threads);
   default_pool().resize(num_threads);
@@ -181,6 +251,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("empty_weights", &empty_weights, py::arg("nbytes"));
   bind_host_stream(m);
   bind_device_stream(m);
+  bind_policy(m);
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
   m.def("get_num_threads", [] { return default_pool().num_threads(); });
   m.def("available_cpus", &available_cpus);

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 zstd_version: str
@@ -16,6 +18,26 @@ def decode_into(
 ) -> None: ...
 def seek_index(payload: Tensor, verify: bool) -> Tensor | None: ...
 def empty_weights(nbytes: int) -> Tensor: ...
+def pass_seconds(
+    compute_s: NDArray[np.float64],
+    read_nbytes: NDArray[np.int64],
+    bytes_per_s: float,
+    slots: int,
+    slot_nbytes: int,
+) -> float: ...
+def anneal_tiers(
+    compute_s: NDArray[np.float64],
+    read_nbytes: NDArray[np.int64],
+    memory_nbytes: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    budget_nbytes: int,
+    bytes_per_s: float,
+    slots: int,
+    slot_nbytes: int,
+    choice: NDArray[np.int64],
+    steps: int,
+    seed: int,
+) -> NDArray[np.int64]: ...
 def set_num_threads(num_threads: int) -> None: ...
 def get_num_threads() -> int: ...
 def available_cpus() -> int: ...

@@ -23,11 +23,11 @@ from dcext.policy.decide import Budget, BudgetError, Decider
 from dcext.policy.machine import PROJECTED, Machine, Processor
 from dcext.policy.plan import Plan, load_plan
 from dcext.policy.predict import Observed, ObservedDisk, Predictor, Unit
-from dcext.policy.timeline import SLOTS, pass_s, slots_of
+from dcext.policy.timeline import SLOTS, anneal, pass_s, slots_of
 from dcext.runtime.adapt import Adapter
 from dcext.runtime.host_stream import HostStream
-from dcext.runtime.observe import Streamed, describe, forward_of
-from dcext.runtime.placement import LEAST_SLOTS_NBYTES, other_nbytes
+from dcext.runtime.observe import Seen, Streaming, StreamMeter, describe, forward_of
+from dcext.runtime.placement import LEAST_SLOTS_NBYTES, offload_of, other_nbytes
 from dcext.runtime.planning import Study, _disk_of
 from dcext.runtime.retier import plan_of
 from dcext.runtime.weights import weights_of
@@ -178,21 +178,68 @@ def test_slots_are_those_of_streams(folders):
         stream.close()
 
 
-@pytest.mark.parametrize("gbps", [0.05, 0.4, 1.5])
-def test_the_rate_of_the_disk_that_explains_a_pass(gbps):
-    units = drawn_units(np.random.default_rng(5), 12)
-    tiers = {unit.name: "disk/zstd" for unit in units}
+@pytest.mark.parametrize("seed", range(20))
+def test_times_of_passes_are_those_of_the_formula(seed):
+    """dcext.policy.timeline's, written out."""
+    draw = np.random.default_rng(seed)
+    count = int(draw.integers(1, 30))
+    compute = draw.exponential(1e-3, count)
+    read = draw.integers(0, 8 << 20, count) * (draw.random(count) < 0.5)
+    slots_nbytes, disk = int(draw.choice([1 << 20, 2 << 20, 16 << 20])), 1e9
+    slots, slot_nbytes = slots_of(slots_nbytes)
+    pieces = []
+    for seconds, nbytes in zip(compute, read, strict=True):
+        parts = max(1, -(-int(nbytes) // slot_nbytes))
+        pieces += [(seconds / parts, nbytes / parts)] * parts
+    used, read_end, ends = 0.0, 0.0, []
+    released = [0.0] * slots  # when each of the last pieces that were read was used
+    for _ in range(3):
+        for seconds, nbytes in pieces:
+            if nbytes:
+                read_end = max(read_end, released[-slots]) + nbytes / disk
+                used = max(used, read_end)
+            used += seconds
+            if nbytes:
+                released.append(used)
+        ends.append(used)
+    expected = pytest.approx(ends[2] - ends[1])
+    assert pass_s(compute, read, disk, slots_nbytes) == expected
 
-    def predictor(gbps: float) -> Predictor:
-        observed = Observed(disk={1 << 20: ObservedDisk(gbps, 1e-6)})
-        return Predictor(CPU, observed=observed, slots_nbytes=1 << 20)
 
-    seconds = predictor(gbps).predict(units, tiers, 1).pipelined_s
-    assert predictor(1.0).disk_gbps_of(units, tiers, 1, seconds) == pytest.approx(gbps, rel=1e-3)
-    # Passes that take no longer than computing tell that the disk is fast enough for that, and no more.
-    enough = predictor(1.0).disk_gbps_of(units, tiers, 512, 0.0)
-    faster = predictor(100 * enough).predict(units, tiers, 512).pipelined_s
-    assert faster >= predictor(enough).predict(units, tiers, 512).pipelined_s / 1.03
+@pytest.mark.parametrize("seed", range(20))
+def test_annealing_keeps_the_budget_and_is_never_slower(seed):
+    draw = np.random.default_rng(seed)
+    units, tiers, disk, slots = int(draw.integers(1, 9)), 3, 1e9, 2 << 20
+    rows = np.arange(units)
+    compute = draw.exponential(1e-3, (units, tiers, 2))
+    compute[draw.random((units, tiers)) < 0.2] = np.inf
+    compute[:, 2] = draw.exponential(1e-3, (units, 2))  # a tier that all have, on the disk
+    memory = draw.integers(1 << 18, 4 << 20, (units, tiers))
+    read = memory * [0, 0, 1]
+    memory[:, 2] = 0
+    weights = np.array([3.0, 1.0])
+    budget = int(draw.uniform(0, 1) * memory.max(axis=1).sum())
+
+    def seconds(choice: np.ndarray) -> float:
+        taken = [pass_s(compute[rows, choice, w], read[rows, choice], disk, slots) for w in (0, 1)]
+        return float(weights @ taken)
+
+    start = np.full(units, 2)
+    found = [
+        anneal(compute, read, memory, weights, budget, disk, slots, start, steps)
+        for steps in (300_000, 300_000, 0)
+    ]
+    assert (found[0] == found[1]).all()
+    assert (found[2] == start).all()
+    assert memory[rows, found[0]].sum() <= budget
+    every = (np.array(choice) for choice in itertools.product(range(tiers), repeat=units))
+    exist = (choice for choice in every if np.isfinite(compute[rows, choice]).all())
+    fit = [choice for choice in exist if memory[rows, choice].sum() <= budget]
+    assert seconds(found[0]) <= 1.03 * min(map(seconds, fit))
+    with pytest.raises(ValueError, match="choice: expected 0 to 2, got 3"):
+        anneal(compute, read, memory, weights, budget, disk, slots, start + 1, 1)
+    with pytest.raises(ValueError, match="of them, got 3 and"):
+        anneal(compute, read, memory, np.ones(3), budget, disk, slots, start, 1)
 
 
 @pytest.fixture(scope="module")
@@ -481,14 +528,44 @@ def test_what_reads_cost_is_told_apart_from_waiting_decoding_and_the_disk():
     )
     rounds = []
     for plain_s in (0.5, 0.8, 0.5):  # whatever speed the machine has meanwhile
-        plain = Streamed([], plain_s)
-        some = Streamed(
-            [u.name for u in few], plain_s + longer_s + waited_s + reads * read_s, waited_s
-        )
-        whole = Streamed([u.name for u in study.units], 1.0, 0.3, 1.7)
-        rounds.append((plain, some, whole))
-    found = _disk_of(study, slots, 1, codecs, rounds)
+        some = Seen(plain_s + longer_s + waited_s + reads * read_s, waited_s)
+        rounds.append((Seen(plain_s), some, Seen(1.0, 0.3, 1.7e9, 1.0)))
+    names = [unit.name for unit in few]
+    found = _disk_of(study, slots, 1, codecs, Streaming(names, rounds))
     assert found.read_s == pytest.approx(read_s)
-    assert found.gbps == 1.7
-    calm = [(plain, some, Streamed(w.names, 1.0, 0.01, 1.2)) for plain, some, w in rounds]
-    assert _disk_of(study, slots, 1, codecs, calm).gbps == 2.0
+    assert found.gbps == pytest.approx(1.7)
+    calm = [(plain, some, Seen(1.0, 0.01, 1.2e9, 1.0)) for plain, some, _ in rounds]
+    assert _disk_of(study, slots, 1, codecs, Streaming(names, calm)).gbps == 2.0
+
+
+def test_what_a_stream_did_is_told_from_pass_to_pass(folders):
+    model = dcext.from_pretrained(folders["zstd"])
+    meter = StreamMeter(model)
+    logits(model)
+    assert meter.see(1.0) == Seen(1.0)
+    dcext.apply(model, plan_with(model, every_tier(model)))
+    stream = offload_of(model).stream
+    before = stream.statistics()
+    read = sum(w.nbytes for w in weights_of(model) if w.module.is_in_file and not w.is_looked_up)
+    meter = StreamMeter(model)
+    for _ in range(4):
+        logits(model)
+    seen = meter.see(10.0)
+    after = stream.statistics()
+    assert 4 * read <= before.read_nbytes + seen.read_nbytes
+    assert seen.read_nbytes <= after.read_nbytes
+    assert 0 < seen.reading_s <= after.reading_s
+    assert 0 <= seen.stalled_s <= after.stall_s
+    assert seen.disk_gbps == pytest.approx(seen.read_nbytes / seen.reading_s / 1e9)
+
+
+def test_the_rate_of_the_disk_is_that_of_its_reads(folders, machine):
+    """A disk that is believed to be faster than any is known after the next look that waits for it."""
+    model = dcext.from_pretrained(folders["zstd"])
+    study = study_of(model, machine)
+    study.observed.disk = {LEAST_SLOTS_NBYTES: ObservedDisk(1000.0, 0.0)}
+    adapter = Adapter(model, study, {"host_memory": LEAST, "mix": {5: 1.0}})
+    seen = Seen(1.0, 0.5, 3e8, 0.6)
+    assert adapter._with_disk_of(study.observed, seen).disk[LEAST_SLOTS_NBYTES].gbps == 0.5
+    assert adapter._with_disk_of(study.observed, Seen(1.0)) is study.observed
+    adapter.stop()

@@ -16,16 +16,18 @@ from dcext.policy.predict import (
     RESOURCES,
     Predictor,
     Unit,
+    pass_order,
     place_and_codec,
+    read_nbytes,
 )
 from dcext.policy.solve import Choice, Floats, Problem, bound, solutions
+from dcext.policy.timeline import anneal
 
 FINE = 0.005  # of memory, for a bound of time
 SPREAD_LOSES = 1e-3  # relative time that an even order may cost
 GAINS = 1e-3  # relative time that travels, and reads from the disk, must save
 SLOWER_DISK = 1.4
-MOVES = 200  # predictions of whole passes, of a few tenths of a millisecond
-MOVE_GAINS = 1e-6
+STEPS, QUICK_STEPS = 150_000, 50_000  # of annealing, for each unit; of some nanoseconds each
 SLOTS = 2  # on a device: one is filled while the other is used
 # Codecs that units may arrive in on a device: the more there are, the more room it takes.
 ARRIVALS = ((), ("zstd",), ("packed",), ("packed", "zstd"), ("packed", "zstd", "raw"))
@@ -154,8 +156,8 @@ class Decider:
     def within(self, budget: Budget, *, quick: bool = False) -> dict[str, str]:
         """The fastest tiers within a budget; nearly so if ``quick``.
 
-        Candidates come from the model of resources that overlap wholly; of them, and of what is a move away, the best by
-        the whole prediction is taken.
+        Candidates come from the model of resources that overlap wholly. Where a CPU reads from the disk they do not, and the
+        best candidate of every kind is annealed by the whole prediction.
 
         Raises:
             BudgetError: not even the smallest fit: by how much.
@@ -167,50 +169,52 @@ class Decider:
                 continue
             if best is not None and bound(problem) / total >= best[0] * (1 - GAINS):
                 continue
-            for variant in self._variants(problem, budget):
-                for choice in solutions(variant, quick=quick):
-                    tiers = self._named(self._spread(problem, choice))
-                    seconds = self.mean_s(tiers)
-                    if best is None or seconds < best[0]:
-                        best = seconds, tiers
+            anneals = not self.on_device and self._reads(problem)
+            for variant in self._variants(problem, budget) if anneals else [problem]:
+                choices = solutions(variant, quick=quick or anneals)
+                if not choices:
+                    continue
+                choice = min((self._spread(problem, c) for c in choices), key=self._mean_s_of)
+                if anneals:
+                    choice = self._annealed(problem, choice, budget.slots, quick)
+                seconds = self._mean_s_of(choice)
+                if best is None or seconds < best[0]:
+                    best = seconds, self._named(choice)
         if best is None:
             raise BudgetError(self._shortfall(budget))
-        return best[1] if quick else self._improved(best[1], best[0], budget)
+        return best[1]
 
-    def _improved(self, tiers: dict[str, str], seconds: float, budget: Budget) -> dict[str, str]:
-        """Single moves that fit and are faster by the whole prediction; only so many are tried, kinds in turns."""
-        if not any(map(_is_on_disk, tiers.values())) or self.on_device:
-            return tiers  # there is nothing that candidates do not know
-        left = MOVES
-        moved = True
-        while moved and left > 0:
-            moved = False
-            for i in self._in_turns():
-                unit = self.units[i]
-                for tier in self.tiers[i]:
-                    other = tiers | {unit.name: tier}
-                    if tier == tiers[unit.name] or not self._fits(other, budget):
-                        continue
-                    left -= 1
-                    taken = self.mean_s(other)
-                    if taken < seconds * (1 - MOVE_GAINS):
-                        tiers, seconds, moved = other, taken, True
-                if left <= 0:
-                    break
-        return tiers
+    def _mean_s_of(self, choice: Choice) -> float:
+        return self.mean_s(self._named(choice))
 
-    def _in_turns(self) -> list[int]:
-        """Units, the first of every kind first, then the second .."""
-        seen: dict[object, int] = defaultdict(int)
-        turn = []
-        for i, unit in enumerate(self.units):
-            turn.append((seen[unit.kind], i))
-            seen[unit.kind] += 1
-        return [i for _, i in sorted(turn)]
+    def _reads(self, problem: Problem) -> bool:
+        """Whether a problem has tiers on the disk."""
+        return any(
+            _is_on_disk(tier) and np.isfinite(problem.time[i, j]).all()
+            for i, tiers in enumerate(self.tiers)
+            for j, tier in enumerate(tiers)
+        )
 
-    def _fits(self, tiers: Mapping[str, str], budget: Budget) -> bool:
-        host, _ = self.nbytes(tiers, budget)
-        return budget.host is None or host <= budget.host
+    def _annealed(self, problem: Problem, choice: Choice, slots: int, quick: bool) -> Choice:
+        """Tiers that are no slower by the whole prediction."""
+        order = pass_order(self.units)
+        read = np.zeros(problem.memory.shape[:2], dtype=np.int64)
+        for i, tiers in enumerate(self.tiers):
+            read[i, : len(tiers)] = [read_nbytes(self.units[i], tier) for tier in tiers]
+        found = choice.copy()
+        found[order] = anneal(
+            # What is not compressed is the last unit; it is spread over all.
+            problem.time[order, :, COMPUTE] + problem.time[-1, 0, COMPUTE] / len(order),
+            read[order],
+            problem.memory[order, :, 0].astype(np.int64),
+            problem.weight,
+            int(problem.budget[0]),
+            self.predictor.disk_gbps * 1e9,
+            slots,
+            choice[order],
+            len(order) * (QUICK_STEPS if quick else STEPS),
+        )
+        return found
 
     def _problems(self, budget: Budget) -> Iterator[Problem]:
         """With the tiers that a budget may call for; reads and travels cost memory even if little uses them."""
@@ -222,25 +226,16 @@ class Decider:
                 yield self.problem(budget, disk=True, room=room)
 
     def _variants(self, problem: Problem, budget: Budget) -> Iterator[Problem]:
-        """A problem; and if a CPU reads from the disk, it with a slower disk, and with nothing there that slots cannot hold.
+        """A problem that reads from the disk; it with a slower disk, and with nothing there that slots cannot hold.
 
         What is best for those has less that cannot overlap, which the problem knows nothing of.
         """
         yield problem
-        on_disk = [
-            (i, j)
-            for i, tiers in enumerate(self.tiers)
-            for j, t in enumerate(tiers)
-            if _is_on_disk(t)
-        ]
-        if self.on_device or not any(np.isfinite(problem.time[i, j]).all() for i, j in on_disk):
-            return
         slower, small = problem.time.copy(), problem.time.copy()
         slower[:, :, DISK] *= SLOWER_DISK
-        for i, j in on_disk:
-            unit = self.units[i]
+        for i, unit in enumerate(self.units):
             if unit.multiplied and min(unit.nbytes.values()) > budget.slots:
-                small[i, j] = np.inf
+                small[i, [j for j, tier in enumerate(self.tiers[i]) if _is_on_disk(tier)]] = np.inf
         yield replace(problem, time=slower)
         yield replace(problem, time=small)
 

@@ -14,9 +14,8 @@ ratio r, link B_l and decode B_d these are the design's ``max(L, D, T_c)`` and `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +26,6 @@ from dcext.policy.timeline import pass_s, slots_of
 RESOURCES = ("compute", "link", "disk", "host")
 COMPUTE, LINK, DISK, HOST = range(len(RESOURCES))
 WAITS = 1.02  # a pass so much longer than its slowest resource waits for the disk
-# Times and parts of a disk's rate, in which another is looked for, and how often that range is halved.
-DISK_RANGE, HALVINGS = 64, 24
 HOST_DECODE = "host/zstd, decoded there"
 # A read that nobody knew of ahead: what a disk of any speed takes to begin (NVMe 0.1 ms, network disks more).
 LOOKUP_LATENCY_S = 2e-4
@@ -290,46 +287,22 @@ class Predictor:
         resources = tuple(float(seconds) for seconds in total)
         return Prediction(tokens, other, resources, pipelined)
 
-    def disk_gbps_of(
-        self, units: Sequence[Unit], tiers: Mapping[str, str], tokens: int, seconds: float
-    ) -> float:
-        """The rate of the disk with which a pass is predicted to take so long; if it waits for no disk, the least such rate.
-
-        Raises:
-            ValueError: there is no disk.
-        """
-        known = self.disk
-        if known is None:
-            raise ValueError("disk_gbps_of: expected a machine with a disk, got one without")
-
-        def predicted_s(gbps: float) -> float:
-            observed = replace(self.observed, disk={self.slots_nbytes: replace(known, gbps=gbps)})
-            predictor = Predictor(self.machine, self.threads, observed, self.slots_nbytes)
-            return predictor.predict(units, tiers, tokens).pipelined_s
-
-        low, high = known.gbps / DISK_RANGE, known.gbps * DISK_RANGE
-        target = max(seconds, WAITS * predicted_s(high))
-        for _ in range(HALVINGS):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if predicted_s(middle) > target else (low, middle)
-        return high
-
     def _timeline_s(
         self, units: Sequence[Unit], tiers: Mapping[str, str], taken: Seconds, other: float
     ) -> float:
-        """Embeddings come first and their heads last; what is not a layer is spread over all."""
-        read = [_read_nbytes(unit, tiers[unit.name]) for unit in units]
-        compute = taken[:, COMPUTE] + other / len(units)
-        order = sorted(range(len(units)), key=lambda i: units[i].looked_up > 0)
-        return pass_s(
-            [float(compute[i]) for i in order],
-            [read[i] for i in order],
-            self.disk_gbps * 1e9,
-            self.slots_nbytes,
-        )
+        """What is not a layer is spread over all."""
+        order = pass_order(units)
+        compute_s = taken[order, COMPUTE] + other / len(units)
+        read = np.array([read_nbytes(units[i], tiers[units[i].name]) for i in order])
+        return pass_s(compute_s, read, self.disk_gbps * 1e9, self.slots_nbytes)
 
 
-def _read_nbytes(unit: Unit, tier: str) -> int:
+def pass_order(units: Sequence[Unit]) -> list[int]:
+    """In which units are multiplied in a pass: what embeddings share, their heads, comes last."""
+    return sorted(range(len(units)), key=lambda i: units[i].looked_up > 0)
+
+
+def read_nbytes(unit: Unit, tier: str) -> int:
     """Bytes that a pass reads of it from the disk, rows that are looked up aside."""
     place, codec = place_and_codec(tier)
     return unit.multiplied * unit.nbytes[codec] if place == "disk" else 0

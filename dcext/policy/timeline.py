@@ -12,11 +12,15 @@ no more is read ahead than the slots hold. Passes follow each other, so that the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
+from numpy.typing import NDArray
 
+from dcext import _C
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 SLOTS, FEW_SLOTS = 16, 4
 SLOT_NBYTES, SMALL_SLOT_NBYTES = 2 << 20, 512 << 10
-SETTLED = 3  # passes, from which on they are equal
 
 
 def slots_of(nbytes: int) -> tuple[int, int]:
@@ -27,40 +31,49 @@ def slots_of(nbytes: int) -> tuple[int, int]:
 
 
 def pass_s(
-    compute: Sequence[float], nbytes: Sequence[int], disk_bytes_per_s: float, slots_nbytes: int
+    compute_s: Floats, read_nbytes: Integers, disk_bytes_per_s: float, slots_nbytes: int
 ) -> float:
     """Seconds of a pass among equal ones.
 
     Args:
-        compute: seconds of each layer, in order; what is not a layer may be a layer too.
-        nbytes: of it that are read from the disk; 0 for what is in memory.
+        compute_s: seconds of each layer, in order; what is not a layer may be a layer too.
+        read_nbytes: of it that are read from the disk; 0 for what is in memory.
         disk_bytes_per_s: of the disk.
         slots_nbytes: memory to read into.
     """
-    slots, slot_nbytes = slots_of(slots_nbytes)
-    steps = _pieces(compute, nbytes, slot_nbytes)
-    read_end, used = 0.0, 0.0
-    released = [0.0] * slots  # when the last piece in each slot was used
-    slot, begin = 0, 0.0
-    for _ in range(SETTLED):
-        begin = used
-        for seconds, size in steps:
-            if size:
-                read_end = max(read_end, released[slot]) + size / disk_bytes_per_s
-                used = max(used, read_end) + seconds
-                released[slot] = used
-                slot = (slot + 1) % slots
-            else:
-                used += seconds
-    return used - begin
+    return _C.pass_seconds(compute_s, read_nbytes, disk_bytes_per_s, *slots_of(slots_nbytes))
 
 
-def _pieces(
-    compute: Sequence[float], nbytes: Sequence[int], slot_nbytes: int
-) -> list[tuple[float, float]]:
-    """Seconds and bytes of every read, and of what is computed without."""
-    steps = []
-    for seconds, size in zip(compute, nbytes, strict=True):
-        count = max(1, -(-size // slot_nbytes))
-        steps += [(seconds / count, size / count)] * count
-    return steps
+def anneal(
+    compute_s: Floats,
+    read_nbytes: Integers,
+    memory_nbytes: Integers,
+    weights: Floats,
+    budget_nbytes: int,
+    disk_bytes_per_s: float,
+    slots_nbytes: int,
+    choice: Integers,
+    steps: int,
+) -> Integers:
+    """Tiers, ``(units,)``, that take no more time than those given, and less where so many steps find any.
+
+    Simulated annealing, by the time of whole passes; equal arguments give equal tiers.
+
+    Args:
+        compute_s: seconds of each unit in each tier, in the order of a pass, for each number of tokens: ``(units, tiers,
+            workloads)``; infinite where there is no such tier.
+        read_nbytes: likewise, bytes read from the disk, ``(units, tiers)``.
+        memory_nbytes: likewise, bytes of memory.
+        weights: how many passes there are of each number of tokens, ``(workloads,)``.
+        budget_nbytes: of memory for all units.
+        disk_bytes_per_s: of the disk.
+        slots_nbytes: memory to read into.
+        choice: tiers, ``(units,)``, that exist and keep the budget.
+        steps: reads and layers gone through, of some nanoseconds each.
+
+    Raises:
+        ValueError: shapes differ from these.
+    """
+    disk = disk_bytes_per_s, *slots_of(slots_nbytes)
+    tables = compute_s, read_nbytes, memory_nbytes, weights, budget_nbytes
+    return _C.anneal_tiers(*tables, *disk, choice, steps, seed=0)
