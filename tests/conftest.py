@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is loaded: threads that wait spinning would take the processor from what runs beside them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from dcext import _C
 
 ROOT = Path(__file__).resolve().parent.parent

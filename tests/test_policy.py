@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from dcext.policy.machine import PROJECTED, Machine, Processor
 from dcext.policy.plan import Plan, load_plan
 from dcext.policy.predict import Observed, ObservedDisk, Predictor, Unit
 from dcext.policy.timeline import SLOTS, anneal, pass_s, slots_of
-from dcext.runtime.adapt import Adapter
+from dcext.runtime.adapt import REST, SETTLING, Adapter, Drift
 from dcext.runtime.host_stream import HostStream
 from dcext.runtime.observe import Seen, Streaming, StreamMeter, describe, forward_of
 from dcext.runtime.placement import LEAST_SLOTS_NBYTES, offload_of, other_nbytes
@@ -569,3 +570,20 @@ def test_the_rate_of_the_disk_is_that_of_its_reads(folders, machine):
     assert adapter._with_disk_of(study.observed, seen).disk[LEAST_SLOTS_NBYTES].gbps == 0.5
     assert adapter._with_disk_of(study.observed, Seen(1.0)) is study.observed
     adapter.stop()
+
+
+def test_a_disk_that_seems_faster_is_believed_later(folders, machine):
+    """While layers were moved nobody read: what a throttle gives after that is not its rate."""
+    model = dcext.from_pretrained(folders["zstd"])
+    adapter = Adapter(model, study_of(model, machine), {"host_memory": "24MB", "mix": {5: 1.0}})
+    adapter.stop()
+    adapter._looked = dict.fromkeys(adapter._looked, 100)
+    slower, faster = Drift(1.4, "slower"), Drift(1.4, "faster", faster=True)
+    due = defaultdict(list)
+    for adapter.passes in range(100, 120):
+        for drift in (slower, faster):
+            if adapter._is_due("disk", drift):
+                due[drift.reason].append(adapter.passes)
+    assert due["slower"][0] == 100 + REST
+    assert due["faster"][0] == 100 + SETTLING
+    assert adapter._is_due("compute", faster)
