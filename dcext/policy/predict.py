@@ -142,7 +142,7 @@ class Predictor:
         machine: Machine,
         threads: int | None = None,
         observed: Observed | None = None,
-        slots_nbytes: int = 16 << 20,
+        slots_nbytes: int = 24 << 20,
     ) -> None:
         """Args: slots_nbytes: memory to read layers into."""
         self.machine = machine
