@@ -173,8 +173,9 @@ Array<int64_t> anneal_tiers(const Array<double>& compute_s, const Array<int64_t>
                             uint64_t seed) {
   constexpr const char* kOp = "dcext.anneal_tiers";
   const Reads reads = reads_of(kOp, bytes_per_s, slots, slot_nbytes);
-  TORCH_CHECK_VALUE(compute_s.ndim() == 3, kOp, ": compute_s: expected 3 dimensions, got ",
-                    compute_s.ndim());
+  TORCH_CHECK_VALUE(compute_s.ndim() == 3 && compute_s.size() > 0, kOp,
+                    ": compute_s: expected (units, tiers, workloads), at least 1 of each, got ",
+                    compute_s.ndim(), " dimensions with ", compute_s.size(), " values");
   const int64_t units = compute_s.shape(0), tiers = compute_s.shape(1);
   const int64_t workloads = compute_s.shape(2);
   for (const auto* table : {&read_nbytes, &memory_nbytes}) {

@@ -38,7 +38,7 @@ class Search {
     int64_t unit, tier;
   };
 
-  /** Draws a move, and makes it if it is not much slower. Returns the steps that this took. */
+  // Draws a move, and makes it if it is not much slower. Returns the steps that this took.
   int64_t try_move(double heat) {
     const int count = draw();
     int64_t memory = memory_;
@@ -64,7 +64,7 @@ class Search {
     return steps_;
   }
 
-  /** One unit, two, or two that exchange their tiers. Returns how many of `moves_`. */
+  // One unit, two, or two that exchange their tiers. Returns how many of `moves_`.
   int draw() {
     const int64_t kind = below(4);
     moves_[0] = {below(tiers_.units), below(tiers_.tiers)};
@@ -78,6 +78,7 @@ class Search {
     return 2;
   }
 
+  // Makes a move, and turns it into the one that undoes it.
   void exchange(Move* move) {
     const int64_t before = choice_[move->unit];
     put(move->unit, move->tier);
@@ -107,7 +108,7 @@ class Search {
     return static_cast<int64_t>(random_() % static_cast<uint64_t>(count));
   }
 
-  /** Above 0, at most 1. */
+  // Above 0, at most 1.
   double uniform() { return (static_cast<double>(random_() >> 11) + 1) * 0x1p-53; }
 
   const Tiers& tiers_;
@@ -122,9 +123,8 @@ class Search {
 
 }  // namespace
 
-std::vector<int64_t> anneal(const Tiers& tiers, std::vector<int64_t> choice, int64_t steps,
+std::vector<int64_t> anneal(const Tiers& tiers, const std::vector<int64_t>& choice, int64_t steps,
                             uint64_t seed) {
-  if (tiers.units == 0) return choice;
   return Search(tiers, choice, seed).run(steps);
 }
 

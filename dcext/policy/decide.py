@@ -26,7 +26,7 @@ from dcext.policy.timeline import anneal
 FINE = 0.005  # of memory, for a bound of time
 SPREAD_LOSES = 1e-3  # relative time that an even order may cost
 GAINS = 1e-3  # relative time that travels, and reads from the disk, must save
-SLOWER_DISK = 1.4
+SLOWER_DISK = 1.4  # so many times as slow, to find candidates that read less
 STEPS, QUICK_STEPS = 150_000, 50_000  # of annealing, for each unit; of some nanoseconds each
 SLOTS = 2  # on a device: one is filled while the other is used
 # Codecs that units may arrive in on a device: the more there are, the more room it takes.
@@ -157,7 +157,7 @@ class Decider:
         """The fastest tiers within a budget; nearly so if ``quick``.
 
         Candidates come from the model of resources that overlap wholly. Where a CPU reads from the disk they do not, and the
-        best candidate of every kind is annealed by the whole prediction.
+        best candidate of each variant is annealed by the whole prediction.
 
         Raises:
             BudgetError: not even the smallest fit: by how much.
