@@ -297,7 +297,8 @@ def test_reads_keep_off_the_processor_that_runs_a_model_which_never_waits(folder
     model = dcext.from_pretrained(folders["zstd"])
     weights = weights_of(model)
     few = {weight.name: "disk/zstd" for weight in weights if "down_proj" in weight.name}
-    retier(model, weights, {weight.name: weight.tier for weight in weights} | few, LEAST)
+    tiers = {weight.name: weight.tier for weight in weights} | few
+    stream = retier(model, weights, tiers, LEAST).stream
 
     def readers() -> dict[int, set[int]]:
         """Threads that do not run where all may, and where they do."""
@@ -314,7 +315,11 @@ def test_reads_keep_off_the_processor_that_runs_a_model_which_never_waits(folder
                 logits(model, 200)
             assert 1 <= len(readers()) <= 4
             assert every - {cpu} in readers().values()
-        # Whoever confines them is obeyed.
+        # Whoever confines them is obeyed, but in the moment in which they confine themselves: they must be idle.
+        before = -1.0
+        while (now := stream.statistics().reading_s) > before:
+            before = now
+            time.sleep(0.2)
         for thread in readers():
             os.sched_setaffinity(thread, {cpu})
         confined = set(readers())
