@@ -1,4 +1,4 @@
-"""What all tests share: the path of third_party/ and the real model and text, downloaded once."""
+"""What tests share: the path of third_party/, the real model and text, small checkpoints, this machine's figures."""
 
 import os
 import shutil
@@ -11,7 +11,10 @@ import pytest
 # Before torch is loaded: threads that wait spinning would take the processor from what runs beside them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import dcext
 from dcext import _C
+from dcext.policy import measure
+from dcext.policy.machine import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "third_party"))
@@ -55,3 +58,30 @@ def evaluation_text() -> Path:
         return wiki_text.enwik8_text("evaluation")
     except fetch.FetchError as error:
         pytest.skip(f"requires the text: {error}")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of one small model, by codec."""
+    pytest.importorskip("transformers")
+    from test_compress import grouped_llama
+
+    parent = tmp_path_factory.mktemp("models")
+    for codec in ("zstd", "packed"):
+        config = dcext.CompressionConfig(recipe="int8", codec=codec)
+        made = dcext.compress_(grouped_llama(256, 1024, vocabulary=4096), config)
+        dcext.save_pretrained(made, parent / codec)
+    return {codec: parent / codec for codec in ("zstd", "packed")}
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """This one, measured in a hurry."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DCEXT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(measure, "SECONDS_OF_A_FIGURE", 1e-3)
+        patch.setattr(measure, "DISK_NBYTES", 32 << 20)
+        machine = measure.tune()
+        assert measure.tune().to_dict() == machine.to_dict()  # from the cache
+        assert measure.tune(refresh=True).identity == machine.identity
+    return machine
