@@ -36,9 +36,9 @@ from dcext.policy.machine import PROJECTED
 from dcext.policy.predict import Predictor, Unit
 from dcext.policy.presets import presets
 from dcext.policy.shapes import SHAPES, units_of
+from dcext.policy.timeline import SLOTS_NBYTES
 
 LENGTHS = (1, 16, 512)
-SLOTS_NBYTES = 24 << 20
 TOLERANCE = 2e-3  # relative; plans leave out reads and travels that gain less than half of it
 FOR_WEIGHTS = 0.8  # of memory; the rest is for activations and past tokens
 # Bytes of device and host memory, as such machines are sold.

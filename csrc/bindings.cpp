@@ -179,10 +179,10 @@ Array<int64_t> anneal_tiers(const Array<double>& compute_s, const Array<int64_t>
   const int64_t units = compute_s.shape(0), tiers = compute_s.shape(1);
   const int64_t workloads = compute_s.shape(2);
   for (const auto* table : {&read_nbytes, &memory_nbytes}) {
-    TORCH_CHECK_VALUE(table->ndim() == 2 && table->shape(0) == units && table->shape(1) == tiers,
-                      kOp,
-                      ": read_nbytes, memory_nbytes: expected (units, tiers) as compute_s has, (",
-                      units, ", ", tiers, "), got another shape");
+    const c10::ArrayRef<py::ssize_t> shape(table->shape(), static_cast<size_t>(table->ndim()));
+    TORCH_CHECK_VALUE(table->ndim() == 2 && shape[0] == units && shape[1] == tiers, kOp,
+                      ": read_nbytes, memory_nbytes: expected (units, tiers) as compute_s has, [",
+                      units, ", ", tiers, "], got ", shape);
   }
   TORCH_CHECK_VALUE(weights.size() == workloads && choice.size() == units, kOp,
                     ": weights, choice: expected ", workloads, " and ", units, " of them, got ",

@@ -171,5 +171,8 @@ def test_annealing_keeps_the_budget_and_is_never_slower(seed):
     assert seconds(found[0]) <= 1.03 * min(map(seconds, fit))
     with pytest.raises(ValueError, match="choice: expected 0 to 2, got 3"):
         anneal(compute, read, memory, weights, budget, disk, slots, start + 1, 1)
+    shape = rf"expected \(units, tiers\) .* \[{units}, 3\], got \[{units}, 1\]"
+    with pytest.raises(ValueError, match=shape):
+        anneal(compute, read[:, :1], memory, weights, budget, disk, slots, start, 1)
     with pytest.raises(ValueError, match="of them, got 3 and"):
         anneal(compute, read, memory, np.ones(3), budget, disk, slots, start, 1)

@@ -17,8 +17,9 @@ import dcext
 from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.plan import Plan
 from dcext.policy.predict import Prediction, Unit, place_and_codec
+from dcext.policy.timeline import SLOTS_NBYTES
 from dcext.runtime.observe import forward_of
-from dcext.runtime.placement import LEAST_SLOTS_NBYTES, SLOTS_NBYTES, slots_for
+from dcext.runtime.placement import LEAST_SLOTS_NBYTES, slots_for
 from dcext.runtime.planning import Study, study
 from dcext.runtime.retier import retier
 from dcext.runtime.weights import weights_of

@@ -21,7 +21,7 @@ from dcext.policy.predict import (
     read_nbytes,
 )
 from dcext.policy.solve import Choice, Floats, Problem, bound, solutions
-from dcext.policy.timeline import anneal
+from dcext.policy.timeline import Integers, anneal
 
 FINE = 0.005  # of memory, for a bound of time
 SPREAD_LOSES = 1e-3  # relative time that an even order may cost
@@ -120,6 +120,7 @@ class Decider:
         if self.on_device:
             self.rooms = [*rooms(self.units)]
         self.time, self.memory = self._tables()
+        self.read = self._read_nbytes()
 
     def _tables(self) -> tuple[Floats, Floats]:
         """Seconds (units + 1, tiers, resources, workloads), infinite where there is no tier; bytes (units + 1, tiers, 2).
@@ -138,6 +139,13 @@ class Decider:
         time[count, 0] = 0.0
         time[count, 0, COMPUTE] = [self.predictor.other_s(tokens) for tokens in workloads]
         return time, memory
+
+    def _read_nbytes(self) -> Integers:
+        """Bytes that a pass reads from the disk, (units, tiers)."""
+        read = np.zeros((len(self.units), self.time.shape[1]), dtype=np.int64)
+        for i, tiers in enumerate(self.tiers):
+            read[i, : len(tiers)] = [read_nbytes(self.units[i], tier) for tier in tiers]
+        return read
 
     def problem(self, budget: Budget, *, disk: bool, room: Room | None) -> Problem:
         """What ``solve`` takes, with or without tiers on disk, and with those that there is room for on a device."""
@@ -198,14 +206,11 @@ class Decider:
     def _annealed(self, problem: Problem, choice: Choice, slots: int, quick: bool) -> Choice:
         """Tiers that are no slower by the whole prediction."""
         order = pass_order(self.units)
-        read = np.zeros(problem.memory.shape[:2], dtype=np.int64)
-        for i, tiers in enumerate(self.tiers):
-            read[i, : len(tiers)] = [read_nbytes(self.units[i], tier) for tier in tiers]
         found = choice.copy()
         found[order] = anneal(
             # What is not compressed is the last unit; it is spread over all.
             problem.time[order, :, COMPUTE] + problem.time[-1, 0, COMPUTE] / len(order),
-            read[order],
+            self.read[order],
             problem.memory[order, :, 0].astype(np.int64),
             problem.weight,
             int(problem.budget[0]),

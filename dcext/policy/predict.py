@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcext.policy.machine import Machine, Processor, Table, interpolate
-from dcext.policy.timeline import pass_s, slots_of
+from dcext.policy.timeline import SLOTS_NBYTES, pass_s, slots_of
 
 RESOURCES = ("compute", "link", "disk", "host")
 COMPUTE, LINK, DISK, HOST = range(len(RESOURCES))
@@ -142,7 +142,7 @@ class Predictor:
         machine: Machine,
         threads: int | None = None,
         observed: Observed | None = None,
-        slots_nbytes: int = 24 << 20,
+        slots_nbytes: int = SLOTS_NBYTES,
     ) -> None:
         """Args: slots_nbytes: memory to read layers into."""
         self.machine = machine

@@ -19,6 +19,9 @@ from dcext import _C
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+# Memory to read into, where there is enough: 16 reads of 1.5 MiB, which fit in a last-level cache. With 64 MiB layers were
+# read 10 to 15 % slower at 2.6 GB/s; with 16, 8 % slower at 4 GB/s.
+SLOTS_NBYTES = 24 << 20
 SLOTS, FEW_SLOTS = 16, 4
 SLOT_NBYTES, SMALL_SLOT_NBYTES = 2 << 20, 512 << 10
 

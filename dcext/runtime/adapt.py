@@ -70,8 +70,8 @@ class Adapter:
     """What ``adapt`` returns. Works between passes, in the thread that ran the pass.
 
     It watches the time of passes. Where they wait for the disk and that drifts from what was predicted, the rate at which it
-    was read is taken. Where computing drifts, a few layers get codecs that no other of their kind has, and layers
-    are timed for a few passes. Then the plan is made anew.
+    was read is taken. Where computing drifts, a few layers get codecs that no other of their kind has, and layers are timed
+    for a few passes. Then the plan is made anew.
 
     Attributes:
         plan: that is in force.
@@ -244,8 +244,8 @@ def adapt(
 
     Every pass is timed (some tens of microseconds). Where three in a row take 15 % more or less time than was predicted, the
     plan is made anew (seconds, between passes) and layers are moved if that gains 3 %. If they wait for the disk, its rate
-    follows from their time; if they do not, or the number of threads is another, layers are timed first, in three of the
-    next six passes. A disk that seems faster is believed 14 passes after layers were moved. Outputs stay the same bits.
+    is that of their reads; if they do not, or the number of threads is another, layers are timed first, in three of the next
+    six passes. A disk that seems faster is believed 14 passes after layers were moved. Outputs stay the same bits.
 
     Args:
         model: a compressed model on the CPU.

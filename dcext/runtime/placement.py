@@ -8,15 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from dcext.nn.compressed import CompressedModule
+from dcext.policy.timeline import SLOTS_NBYTES
 from dcext.runtime.budget import format_nbytes
 from dcext.runtime.device_stream import DeviceStream
 from dcext.runtime.host_stream import HostStream, StreamStatistics
 
 OFFLOAD_ATTRIBUTE = "dcext_offload"
-# Of reads: 16 of 1.5 MiB, which fit in a last-level cache. With 64 MiB layers were read 10 to 15 % slower at 2.6 GB/s; with 16,
-# 8 % slower at 4 GB/s. Four of 512 KiB are as fast where layers are small and lie apart.
-SLOTS_NBYTES = 24 << 20
-LEAST_SLOTS_NBYTES = 2 << 20
+LEAST_SLOTS_NBYTES = 2 << 20  # four reads of 512 KiB: as fast where layers are small and lie apart
 SLOTS_SHARE = 4  # of the budget, one part, where that is less
 
 

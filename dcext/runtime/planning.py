@@ -17,6 +17,7 @@ from dcext.policy.measure import tune
 from dcext.policy.plan import Plan
 from dcext.policy.predict import Observed, ObservedDisk, Predictor, Unit
 from dcext.policy.presets import preset
+from dcext.policy.timeline import SLOTS_NBYTES
 from dcext.runtime.budget import format_nbytes, free_memory, parse_nbytes
 from dcext.runtime.observe import (
     Forward,
@@ -30,7 +31,7 @@ from dcext.runtime.observe import (
     observe_streaming,
     typical_of,
 )
-from dcext.runtime.placement import LEAST_SLOTS_NBYTES, SLOTS_NBYTES, other_nbytes, slots_for
+from dcext.runtime.placement import LEAST_SLOTS_NBYTES, other_nbytes, slots_for
 from dcext.runtime.weights import weights_of
 
 DEVICE = "cuda"  # that device_memory is of, on this machine
