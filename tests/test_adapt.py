@@ -14,16 +14,18 @@ import dcext
 from dcext.compress import compressed_modules
 from dcext.policy.predict import Observed, ObservedDisk
 from dcext.runtime.adapt import REST, SETTLING, Adapter, Drift
-from dcext.runtime.observe import Seen, Streaming, StreamMeter, forward_of
+from dcext.runtime.observe import forward_of
+from dcext.runtime.observe_disk import Seen, Streaming, StreamMeter
 from dcext.runtime.placement import LEAST_SLOTS_NBYTES, offload_of
 from dcext.runtime.planning import Study, _disk_of
 from dcext.runtime.weights import weights_of
 
 
 def test_observing_leaves_the_model_as_it_was(checkpoints, machine, monkeypatch):
-    from dcext.runtime import observe, planning
+    from dcext.runtime import observe, observe_disk, planning
 
     monkeypatch.setattr(observe, "SECONDS_OF_A_LENGTH", 0.01)
+    monkeypatch.setattr(observe_disk, "STREAMING_S", 0.01)
     monkeypatch.setattr(planning, "tune", lambda: machine)
     model = dcext.from_pretrained(checkpoints["packed"])
     payloads = {name: m.payload.data_ptr() for name, m in compressed_modules(model).items()}

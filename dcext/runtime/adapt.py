@@ -19,7 +19,8 @@ from dcext.policy.machine import Machine
 from dcext.policy.plan import count_tokens
 from dcext.policy.predict import Observed, ObservedDisk, Prediction
 from dcext.runtime.explore import Exploration
-from dcext.runtime.observe import Forward, Progress, Seen, StreamMeter, typical_of
+from dcext.runtime.observe import Forward, Progress
+from dcext.runtime.observe_disk import Seen, StreamMeter, typical_of
 from dcext.runtime.passes import gate_of
 from dcext.runtime.planning import Study, checked_mix, study
 from dcext.runtime.retier import apply

@@ -12,7 +12,8 @@ import torch
 
 from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.predict import COMPUTE, Observed, ObservedDisk, Predictor, Unit
-from dcext.runtime.observe import LayerClock, Seen, typical_of
+from dcext.runtime.observe import LayerClock
+from dcext.runtime.observe_disk import Seen, typical_of
 from dcext.runtime.weights import Weight
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -20,18 +19,11 @@ from dcext.nn.embedding import DCEmbedding
 from dcext.policy.footprint import payload_index_nbytes
 from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.predict import Observed, Unit, place_and_codec
-from dcext.runtime.host_stream import HostStream
-from dcext.runtime.placement import offload_of
-from dcext.runtime.retier import retier
 from dcext.runtime.weights import Weight
 
 SAMPLES = 6  # units of a kind whose codecs are changed: a multiple of the codecs
 PASSES, PASSES_AT_MOST = 3, 12
 SECONDS_OF_A_LENGTH = 1.0  # in each rotation; more passes than three only so long
-DISK_READS_NBYTES, DISK_LOOKS = 512 << 20, 3
-STREAMING_ROUNDS = 8
-STALLED = 0.1  # share of a pass spent waiting from which the disk is what binds
-KEEPING_UP = 0.7  # of what the disk reads in a pass: so much, to see what reads cost who never waits for them
 T = TypeVar("T")
 Forward = Callable[[int], object]
 Progress = Callable[[str, float], None]
@@ -189,7 +181,7 @@ def observe(
     by_kind: dict[object, list[int]] = defaultdict(list)
     for index, unit in enumerate(units):
         by_kind[unit.kind].append(index)
-    sampled = [index for members in by_kind.values() for index in _evenly(members, SAMPLES)]
+    sampled = [index for members in by_kind.values() for index in evenly(members, SAMPLES)]
     layers: dict[tuple[object, str], dict[int, list[float]]] = defaultdict(
         lambda: defaultdict(list)
     )
@@ -243,7 +235,8 @@ def _take(
     others[tokens].append(statistics.median(plain) - sum(medians.values()))
 
 
-def _evenly(members: Sequence[T], count: int) -> Sequence[T]:
+def evenly(members: Sequence[T], count: int) -> Sequence[T]:
+    """So many of them, at even distances; all where there are fewer."""
     if len(members) <= count:
         return members
     return [members[(2 * i + 1) * len(members) // (2 * count)] for i in range(count)]
@@ -265,144 +258,6 @@ def _restored(weights: Sequence[Weight]) -> Iterator[None]:
                 continue
             for module in weight.modules:
                 module.rest_in_file(payload, streamed)
-
-
-def observe_disk(weights: Sequence[Weight], slots_nbytes: int) -> float | None:
-    """GB/s of the reads that streaming does, from the model's own files; None where no weight is in one."""
-    origins: dict[str, Any] = {}
-    nbytes = 0
-    for weight in weights:
-        if weight.origin is not None and not weight.is_looked_up and nbytes < DISK_READS_NBYTES:
-            origins[weight.name] = weight.origin
-            nbytes += weight.nbytes
-    if not origins:
-        return None
-    stream = HostStream(origins, slots_nbytes)
-    try:
-        stream.read_all()
-        return statistics.median(stream.read_all() for _ in range(DISK_LOOKS)) / 1e9
-    finally:
-        stream.close()
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One pass, or several.
-
-    Attributes:
-        seconds: that it took.
-        stalled_s: of those, in which a layer waited for the disk.
-        read_nbytes: bytes read from the disk meanwhile.
-        reading_s: seconds in which at least one read was under way.
-    """
-
-    seconds: float
-    stalled_s: float = 0.0
-    read_nbytes: float = 0.0
-    reading_s: float = 0.0
-
-    @property
-    def waits(self) -> bool:
-        """Whether it is the disk that binds."""
-        return self.stalled_s > STALLED * self.seconds
-
-    @property
-    def disk_gbps(self) -> float:
-        """Of the disk while it was read; 0 where nothing was."""
-        return self.read_nbytes / self.reading_s / 1e9 if self.reading_s > 0 else 0.0
-
-
-def typical_of(passes: Sequence[Seen]) -> Seen:
-    """The medians of seconds and of those that were waited, the means of what was read; of at least one pass."""
-    return Seen(
-        statistics.median(seen.seconds for seen in passes),
-        statistics.median(seen.stalled_s for seen in passes),
-        statistics.mean(seen.read_nbytes for seen in passes),
-        statistics.mean(seen.reading_s for seen in passes),
-    )
-
-
-class StreamMeter:
-    """Tells what the stream of a model did from pass to pass."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._before = self._now()
-
-    def see(self, seconds: float) -> Seen:
-        """The time since the last call, or since this was made, in which passes ran for so many seconds."""
-        before, self._before = self._before, self._now()
-        did = [max(now - then, 0) for now, then in zip(self._before, before, strict=True)]
-        return Seen(seconds, min(did[0], seconds), *did[1:])
-
-    def _now(self) -> tuple[float, float, float]:
-        offload = offload_of(self._model)
-        if offload is None or offload.stream is None:
-            return 0.0, 0.0, 0.0
-        done = offload.stream.native.statistics()
-        return done["stall_s"], done["read_nbytes"], done["reading_s"]
-
-
-@dataclass(frozen=True)
-class Streaming:
-    """Passes of a model without layers on the disk, with a few, and with all of them there; several times in turns.
-
-    Attributes:
-        few: names of the few.
-        rounds: the typical pass of each of the three.
-    """
-
-    few: list[str]
-    rounds: list[tuple[Seen, Seen, Seen]]
-
-
-@torch.inference_mode()
-def observe_streaming(
-    model: nn.Module,
-    weights: Sequence[Weight],
-    tokens: int,
-    forward: Forward,
-    slots_nbytes: int,
-    gbps: float,
-) -> Streaming:
-    """Passes of a model without layers on the disk, with a few, and with all of them there; several times in turns.
-
-    The few are as many as the disk has read long before they are needed.
-
-    Args:
-        model: it is as before afterwards; no layer is on the disk now.
-        weights: all of it.
-        tokens: of a pass; the fewer, the less time there is to hide reads.
-        forward: runs a pass.
-        slots_nbytes: memory to read into; with less of it, reads are smaller and more.
-        gbps: at which the disk is read when nobody computes.
-    """
-    before = {weight.name: weight.tier for weight in weights}
-    kept = [(weight, weight.module.payload) for weight in weights]
-    layers = [weight for weight in weights if weight.origin is not None and not weight.is_looked_up]
-
-    def in_memory() -> None:
-        for weight, payload in kept:
-            weight.rest_in_memory(payload)
-
-    def taken(streamed: Sequence[Weight]) -> Seen:
-        in_memory()
-        tiers = before | {weight.name: f"disk/{weight.file_codec}" for weight in streamed}
-        retier(model, list(weights), tiers, slots_nbytes)
-        forward(tokens)
-        meter = StreamMeter(model)
-        taken_s = pass_times(forward, tokens, SECONDS_OF_A_LENGTH / STREAMING_ROUNDS)
-        return typical_of([meter.see(seconds) for seconds in taken_s])
-
-    try:
-        nbytes = KEEPING_UP * pass_seconds(forward, tokens) * gbps * 1e9
-        mean_nbytes = statistics.mean(weight.nbytes for weight in layers)
-        few = _evenly(layers, max(1, int(nbytes / mean_nbytes)))
-        rounds = [(taken([]), taken(few), taken(layers)) for _ in range(STREAMING_ROUNDS)]
-        return Streaming([weight.name for weight in few], rounds)
-    finally:
-        in_memory()
-        retier(model, list(weights), before, slots_nbytes)
 
 
 def pass_times(forward: Forward, tokens: int, budget_s: float) -> Iterator[float]:

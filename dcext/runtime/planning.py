@@ -19,14 +19,10 @@ from dcext.policy.predict import Observed, ObservedDisk, Predictor, Unit
 from dcext.policy.presets import preset
 from dcext.policy.timeline import SLOTS_NBYTES
 from dcext.runtime.budget import format_nbytes, free_memory, parse_nbytes
-from dcext.runtime.observe import (
-    Forward,
-    Progress,
+from dcext.runtime.observe import Forward, Progress, describe, forward_of, observe
+from dcext.runtime.observe_disk import (
     Seen,
     Streaming,
-    describe,
-    forward_of,
-    observe,
     observe_disk,
     observe_streaming,
     typical_of,
