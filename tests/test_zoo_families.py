@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
-
 from zoo import FAMILIES, Family, generate, is_matrix
 
 # Matrices that no output depends on, at full size as here: pattern of names, and why.
@@ -16,6 +15,7 @@ UNUSED: dict[str, tuple[str, str]] = {
     "squeezebert": (r"pooler\.dense", "pooled, and the language head does not read it"),
     "detr": (r"decoder\.layers\.0\.self_attn\.v_proj", "the first values are of zeros"),
     "llava": (r"vision_tower\.encoder\.layers\.2\.", "features are those before the last layer"),
+    "sam": (r"hypernetworks_mlps\.0\.", "of the single mask, where three are asked for"),
     "wav2vec2_conformer": (r"pos_conv_embed", "replaced by relative positions"),
     "SD3Transformer2DModel": (r"blocks\.1\.attn\.add_q_proj", "text ends before the last layer"),
     "nllb_moe": (
@@ -78,7 +78,7 @@ def test_weights_are_sensible(family):
     for name, parameter in model_of(family).named_parameters():
         assert parameter.dtype == torch.float32, name
         assert bool(parameter.isfinite().all()), name
-        assert parameter.abs().max() < 20, name
+        assert parameter.abs().max() < 100, name  # SAM multiplies positions by that much
         if is_matrix(parameter):
             assert parameter.std() > 1e-3, name
 
@@ -129,15 +129,15 @@ def changes_output(family: Family, model: nn.Module, matrix: Tensor) -> bool:
 
 
 @torch.no_grad()
-def test_generates(family):
-    if not family.generates:
-        pytest.skip("does not generate")
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].generates])
+def test_generates(name):
+    family = FAMILIES[name]
     model = model_of(family)
     inputs = family.inputs(model)
     made = generate(model, inputs)
     assert len(made) == 2
     assert torch.equal(made, generate(model, inputs))
-    if not getattr(model.config, "is_encoder_decoder", False) and family.name != "blip_2":
+    if not getattr(model.config, "is_encoder_decoder", False):
         prompt = inputs["input_ids"]
         assert torch.equal(made[:, : prompt.shape[1]], prompt)
         assert made.shape[1] == prompt.shape[1] + 4

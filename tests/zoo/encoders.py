@@ -47,5 +47,6 @@ FAMILIES: list[Family] = [
         of_transformers(name, "encoders", "AutoModelForMaskedLM", text, **fields)
         for name, fields in FIELDS.items()
     ),
-    of_transformers("xlnet", "encoders", "AutoModelForCausalLM", segments, generates=True),
+    # It generates only without types of tokens, and then a part of its attention is not used.
+    of_transformers("xlnet", "encoders", "AutoModelForCausalLM", segments),
 ]

@@ -150,10 +150,12 @@ def settle_(model: nn.Module) -> None:
                 parameter.fill_(OPEN_GATE)
             else:
                 parameter.normal_(0, TABLE_STD)
-        if is_matrix(parameter) and id(parameter) not in tables:
-            inner = parameter[0].numel() if id(parameter) in convolutions else fan(parameter)
-            gain = float(parameter.std()) * math.sqrt(inner)
-            parameter.mul_(max(1.0, LEAST_GAIN / gain))
+        if is_matrix(parameter):
+            least = TABLE_STD
+            if id(parameter) not in tables:
+                inner = parameter[0].numel() if id(parameter) in convolutions else fan(parameter)
+                least = LEAST_GAIN / math.sqrt(inner)
+            parameter.mul_(max(1.0, least / float(parameter.std())))
 
 
 def is_constant(parameter: Tensor) -> bool:

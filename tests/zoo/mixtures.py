@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from .family import Family, of_transformers, text, text_to_text
+from torch import Tensor, nn
+
+from .family import Family, of_transformers, text, tokens
 
 # Latent attention: queries and keys through narrow matrices.
 MLA = {
@@ -73,6 +75,12 @@ TEXT_TO_TEXT: dict[str, dict[str, Any]] = {
     },
 }
 
+
+def long_text_to_text(model: nn.Module) -> dict[str, Tensor]:
+    """Enough tokens that each expert is chosen."""
+    return {"input_ids": tokens(), "decoder_input_ids": tokens(length=64, seed=1)}
+
+
 FAMILIES: list[Family] = [
     *(
         of_transformers(name, "mixtures", "AutoModelForCausalLM", text, generates=True, **fields)
@@ -80,7 +88,7 @@ FAMILIES: list[Family] = [
     ),
     *(
         of_transformers(
-            name, "mixtures", "AutoModelForSeq2SeqLM", text_to_text, generates=True, **fields
+            name, "mixtures", "AutoModelForSeq2SeqLM", long_text_to_text, generates=True, **fields
         )
         for name, fields in TEXT_TO_TEXT.items()
     ),

@@ -1,6 +1,5 @@
 """Images or sound and text in, text out: a tower, what joins it, and a decoder."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch

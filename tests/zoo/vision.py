@@ -15,6 +15,11 @@ def image_and_text(model: nn.Module) -> dict[str, Tensor]:
     return {"input_ids": tokens(), **vision}
 
 
+def ordered_image(model: nn.Module) -> dict[str, Tensor]:
+    """An image, and by what its 16 patches are ordered before the last of them are masked."""
+    return {**image(model), "noise": noise(2, 16, seed=1)}
+
+
 def prompted_image(model: nn.Module) -> dict[str, Tensor]:
     """An image, two points in it and a mask."""
     points = torch.tensor([[[[4.0, 9.0], [20.0, 14.0]]]] * 2)
@@ -40,7 +45,9 @@ FAMILIES: list[Family] = [
     vision("dinov2_swiglu", CLASSIFIER, model_type="dinov2", mlp_ratio=2, use_swiglu_ffn=True),
     vision("dinov3_vit", "AutoModel", "last_hidden_state", num_register_tokens=2),
     vision("ijepa", CLASSIFIER),
-    vision("vit_mae", "AutoModel", "last_hidden_state", mask_ratio=0.0),
+    of_transformers(
+        "vit_mae", "vision", "AutoModel", ordered_image, "last_hidden_state", mask_ratio=0.25
+    ),
     vision("swin", CLASSIFIER, patch_size=2, embed_dim=64, window_size=4, **STAGES),
     vision("swinv2", CLASSIFIER, patch_size=2, embed_dim=64, window_size=4, **STAGES),
     vision("beit", CLASSIFIER, use_relative_position_bias=True),
@@ -88,7 +95,7 @@ FAMILIES: list[Family] = [
         "vision",
         "AutoModel",
         prompted_image,
-        "pred_masks",
+        lambda output: torch.cat([output.pred_masks.flatten(3), output.iou_scores[..., None]], -1),
         vision_config={
             "output_channels": 64,
             "num_pos_feats": 32,
