@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .family import Family, of_transformers, text
+from .family import LATENT, VOCABULARY, Family, of_transformers, text
 
 WINDOWS = ["sliding_attention", "full_attention"]
 
@@ -15,6 +15,23 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gemma": {},
     "gemma2": {"layer_types": WINDOWS, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "gemma3_text": {"layer_types": WINDOWS, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "gemma3n_text": {
+        "layer_types": WINDOWS,
+        "sliding_window": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 16,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 16,
+        "activation_sparsity_pattern": [0.5, 0.0],
+    },
+    "gemma4_text": {
+        "layer_types": WINDOWS,
+        "sliding_window": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 16,
+        "global_head_dim": 32,
+    },
+    "minicpm3": LATENT,
     "phi": {},
     "phi3": {},
     "gpt2": {},

@@ -48,6 +48,17 @@ SIZES: dict[str, Any] = {
 }
 
 
+# Multi-head latent attention: queries and keys through narrow matrices.
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One architecture.
@@ -225,8 +236,8 @@ def text_to_text(model: nn.Module) -> dict[str, Tensor]:
 
 
 def image(model: nn.Module) -> dict[str, Tensor]:
-    """One image of the size that the config says, 32 x 32 where it says none."""
-    size = getattr(model.config, "image_size", 32)
+    """One image of the size that the config, or that of its tower, says; 32 x 32 where it says none."""
+    size = getattr(getattr(model.config, "vision_config", model.config), "image_size", 32)
     return {"pixel_values": noise(2, 3, size, size)}
 
 

@@ -2,17 +2,24 @@
 
 from typing import Any
 
-from .family import Family, of_transformers, text
+from .family import LATENT, Family, of_transformers, text
 
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
 LINEAR = ["linear_attention", "full_attention"] * 2
+# Gated delta rule, as of Qwen3-Next.
+DELTA = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 
 FIELDS: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "falcon_mamba": {"state_size": 8},
     "mamba2": {"num_heads": 8, "state_size": 16, "n_groups": 2, "chunk_size": 8},
     "zamba2": {
-        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
         "num_hidden_layers": 4,
         "mamba_d_state": 16,
         "n_mamba_heads": 8,
@@ -50,18 +57,25 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"num_hidden_layers": 6, "attention_window_size": 8, "lru_width": 64},
     "rwkv": {"attention_hidden_size": 64},
-    "qwen3_next": {
+    "qwen3_next": {**DELTA, "num_hidden_layers": 4, "layer_types": LINEAR},
+    "qwen3_5_text": {**DELTA, "num_hidden_layers": 4, "layer_types": LINEAR},
+    "kimi_linear": {
+        **LATENT,
         "num_hidden_layers": 4,
         "layer_types": LINEAR,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
+        "q_lora_rank": None,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
     },
     "lfm2": {
         "num_hidden_layers": 4,
         "layer_types": ["conv", "full_attention"] * 2,
         "block_auto_adjust_ff_dim": False,
+    },
+    "lfm2_moe": {
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention"] * 2,
+        "num_dense_layers": 1,
     },
     "minimax": {"num_hidden_layers": 4, "layer_types": LINEAR, "block_size": 8},
 }

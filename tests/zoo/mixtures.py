@@ -4,29 +4,41 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .family import Family, of_transformers, text, tokens
+from .family import LATENT, Family, of_transformers, text, tokens
 
-# Latent attention: queries and keys through narrow matrices.
-MLA = {
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "num_key_value_heads": 4,
-    "first_k_dense_replace": 1,
-    "num_hidden_layers": 3,
-}
+# A dense layer and two sparse ones, chosen by groups of experts.
+LATENT_SPARSE = {**LATENT, "first_k_dense_replace": 1, "num_hidden_layers": 3, "topk_group": 1}
 
 FIELDS: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "qwen2_moe": {},
     "qwen3_moe": {},
-    "deepseek_v2": {**MLA, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"},
-    "deepseek_v3": {**MLA, "n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+    "deepseek_v2": {**LATENT_SPARSE, "n_group": 2, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**LATENT_SPARSE, "n_routed_experts": 8, "n_group": 2},
+    "deepseek_v32": {
+        **LATENT_SPARSE,
+        "n_group": 2,
+        "index_topk": 8,
+        "index_head_dim": 16,
+        "index_n_heads": 4,
+    },
+    "longcat_flash": {
+        **LATENT,
+        "head_dim": 8,
+        "num_layers": 2,
+        "num_hidden_layers": 4,  # attention twice per layer
+        "expert_ffn_hidden_size": 64,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+    },
     "glm4_moe": {"first_k_dense_replace": 1, "num_hidden_layers": 3, "n_group": 1, "topk_group": 1},
     "gpt_oss": {"sliding_window": 8},
-    "llama4_text": {"intermediate_size_mlp": 128, "num_hidden_layers": 4},
+    "llama4_text": {
+        "intermediate_size_mlp": 128,
+        "num_hidden_layers": 4,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 8,
+    },
     "granitemoe": {},
     "granitemoeshared": {"shared_intermediate_size": 64},
     "phimoe": {},

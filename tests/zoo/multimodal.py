@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .family import IMAGE_TOKEN, Family, Inputs, noise, of_transformers, tokens
+from .hybrids import DELTA, LINEAR
 
 AUTO = "AutoModelForImageTextToText"
 IMAGE = {"image_token_index": IMAGE_TOKEN}
@@ -40,9 +41,15 @@ def patches(model: nn.Module) -> dict[str, Tensor]:
 
 
 LLAMA = {"model_type": "llama"}
+QWEN = {"image_token_id": IMAGE_TOKEN, "vision_start_token_id": 6}
 CLIP = {"model_type": "clip_vision_model"}
 SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+DEEPSTACK = {
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1],
+}
 WINDOWS = {
     "layer_types": ["sliding_attention", "full_attention"],
     "sliding_window": 8,
@@ -65,8 +72,7 @@ ROWS: dict[str, tuple[Inputs, dict[str, Any]]] = {
     "qwen2_vl": (
         patches,
         {
-            "image_token_id": IMAGE_TOKEN,
-            "vision_start_token_id": 6,
+            **QWEN,
             "vision_config": {"embed_dim": 64, "mlp_ratio": 2},
             "text_config": {"rope_parameters": MROPE},
         },
@@ -74,8 +80,7 @@ ROWS: dict[str, tuple[Inputs, dict[str, Any]]] = {
     "qwen2_5_vl": (
         patches,
         {
-            "image_token_id": IMAGE_TOKEN,
-            "vision_start_token_id": 6,
+            **QWEN,
             "vision_config": {
                 "out_hidden_size": 64,
                 "window_size": 16,
@@ -87,16 +92,41 @@ ROWS: dict[str, tuple[Inputs, dict[str, Any]]] = {
     "qwen3_vl": (
         patches,
         {
-            "image_token_id": IMAGE_TOKEN,
-            "vision_start_token_id": 6,
-            "vision_config": {
-                "out_hidden_size": 64,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0, 1],
-            },
+            **QWEN,
+            "vision_config": DEEPSTACK,
             "text_config": {"rope_parameters": MROPE},
         },
     ),
+    "qwen3_5": (
+        patches,
+        {
+            **QWEN,
+            "vision_config": {"out_hidden_size": 64, "num_position_embeddings": 16},
+            "text_config": {
+                **DELTA,
+                "num_hidden_layers": 4,
+                "layer_types": LINEAR,
+                "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0},
+            },
+        },
+    ),
+    "qwen3_vl_moe": (
+        patches,
+        {
+            **QWEN,
+            "vision_config": DEEPSTACK,
+            "text_config": {"rope_parameters": MROPE},
+        },
+    ),
+    "mistral3": (
+        with_image(4, image_sizes=lambda: torch.tensor([[32, 32]] * 2)),
+        {
+            **IMAGE,
+            "vision_config": {"model_type": "pixtral"},
+            "text_config": {"model_type": "mistral"},
+        },
+    ),
+    "blip": (with_image(0), {"vision_config": {}, "text_config": {"encoder_hidden_size": 64}}),
     "idefics2": (
         with_image(4, (1, 3, 32, 32)),
         {

@@ -1,5 +1,7 @@
 """Models of images, alone and beside a tower of text."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,9 +12,7 @@ TOWERS = {"text_config": {}, "vision_config": {}}
 
 
 def image_and_text(model: nn.Module) -> dict[str, Tensor]:
-    size = model.config.vision_config.image_size
-    vision = image(model) if size == 32 else {}
-    return {"input_ids": tokens(), **vision}
+    return {"input_ids": tokens(), **image(model)}
 
 
 def ordered_image(model: nn.Module) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ def prompted_image(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def vision(name: str, auto: str, output: str = "logits", **fields: object) -> Family:
+def vision(name: str, auto: str, output: Any = "logits", **fields: Any) -> Family:
     return of_transformers(name, "vision", auto, image, output, **{"num_labels": 16, **fields})
 
 
@@ -63,6 +63,7 @@ FAMILIES: list[Family] = [
     vision(
         "convnextv2", CLASSIFIER, num_stages=2, hidden_sizes=[64, 96], depths=[2, 2], patch_size=4
     ),
+    vision("mobilenet_v2", CLASSIFIER, depth_multiplier=0.25),
     vision("resnet", CLASSIFIER, embedding_size=16, hidden_sizes=[64, 96], depths=[2, 2]),
     vision(
         "segformer",
