@@ -8,6 +8,7 @@ from dcext.codec import decode, encode, entropy, payload_info, verify_payload
 from dcext.compress import compress_
 from dcext.config import CompressionConfig
 from dcext.errors import FormatError
+from dcext.integrations.registration import register as _register
 from dcext.nn import DCEmbedding, DCLinear
 from dcext.pretrained import from_pretrained, save_pretrained
 from dcext.runtime.adapt import adapt
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompressionConfig",
+    "DCConfig",
     "DCEmbedding",
     "DCLinear",
     "FormatError",
@@ -38,3 +40,13 @@ __all__ = [
     "set_num_threads",
     "verify_payload",
 ]
+
+_register()
+
+
+def __getattr__(name: str) -> object:
+    if name == "DCConfig":  # of transformers, which is imported for it
+        from dcext.integrations.hf import DCConfig
+
+        return DCConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

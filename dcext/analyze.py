@@ -21,7 +21,8 @@ from dcext.calibrate.blocks import (
     run_block,
 )
 from dcext.codec import encode, entropy
-from dcext.compress import compressible_modules
+from dcext.find import find_matrices
+from dcext.nn.matrix import matrix_of
 from dcext.quantize.rounding import quantize_absmax
 from dcext.quantize.statistics import InputStatistics
 
@@ -240,7 +241,7 @@ def analyze_model(
 
 def _owners(model: nn.Module) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
     """Each weight by the name of its first layer, with the names of the others that share it."""
-    modules = compressible_modules(model)
+    modules = find_matrices(model, lambda name, module: True).modules
     if not modules:
         raise ValueError(
             f"analyze_model: model: expected linear layers or embeddings, found none in {type(model).__name__}"
@@ -252,7 +253,9 @@ def _owners(model: nn.Module) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
                 f"analyze_model: {name}: expected weights on the CPU, got {module.weight.device}"
             )
         sharing.setdefault(id(module.weight), []).append(name)
-    return {first: (modules[first].weight, tuple(others)) for first, *others in sharing.values()}
+    return {
+        first: (matrix_of(modules[first]), tuple(others)) for first, *others in sharing.values()
+    }
 
 
 def _check_ids(model: nn.Module, ids: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,11 @@ from dcext.calibrate.recipes import CodedLayer, code_layer
 from dcext.calibrate.resume import ResumeFolder, job_key
 from dcext.calibrate.source import BlockSource
 from dcext.config import CALIBRATED, CompressionConfig
-from dcext.nn import DCEmbedding, DCLinear
-from dcext.nn.compressed import CompressedModule
+from dcext.find import TIED, FilterFn, Found, find_matrices, left_float, make_filter, prepare_
+from dcext.loading import forget_ties
+from dcext.nn.compressed import compressed_modules
+from dcext.nn.convert import compress_module_
+from dcext.nn.matrix import kind_of, matrix_of
 from dcext.quantize.control import FIRST_EXCESS_BITS
 from dcext.quantize.data_free import round_data_free
 from dcext.quantize.fold import READERS, fold_col_scales
@@ -23,26 +28,11 @@ from dcext.quantize.quantized import QuantizedWeight
 from dcext.quantize.report import CompressionReport
 from dcext.quantize.rounding import quantize_absmax
 
-FilterFn = Callable[[str, nn.Module], bool]
 ProgressFn = Callable[[str, float], None]
 JOB_VERSION = 3  # of what recipes compute: raised when a change makes kept blocks useless
 REPORT_ATTRIBUTE = "dcext_report"
 OTHERS_SHARE = 0.05  # of all work: what lies outside the blocks
-
-
-def compressible_modules(
-    model: nn.Module, filter_fn: FilterFn | None = None
-) -> dict[str, nn.Linear | nn.Embedding]:
-    """The modules that ``compress_`` would replace, by name, in the model's order.
-
-    Exactly ``nn.Linear`` and ``nn.Embedding``: a subclass may compute something else and is left alone.
-    """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Embedding)
-        and (filter_fn is None or filter_fn(name, module))
-    }
+LEAST_COVERAGE = 0.95  # of the weights of matrices, without a warning
 
 
 def compress_(
@@ -52,10 +42,17 @@ def compress_(
     filter_fn: FilterFn | None = None,
     *,
     progress: ProgressFn | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
     resume_dir: str | Path | None = None,
     source: BlockSource | None = None,
 ) -> nn.Module:
-    """Replaces linear layers and embeddings by compressed ones.
+    """Compresses the matrices of a model: those of linear layers, convolutions, embeddings, experts, and of parameters.
+
+    Modules stay the same objects and keep names, hooks, flags and what subclasses add; their class changes to one that
+    holds a payload (``dcext.nn.convert``). 3-D stacks of expert weights become a layer per expert, of which only those
+    that a token needs are decoded; parameters that a module uses itself become layers too, read through a view that
+    decodes them whole (``dcext.nn.split``). Masks of pruning and weight norms become part of the weights.
 
     Recipes ``rate`` and ``paper`` run the calibration text through the model block by block and quantize the linear
     layers of its blocks; embeddings and what lies outside the blocks (``lm_head``) become INT8 per row. Modules that
@@ -63,21 +60,25 @@ def compress_(
     of a tied pair out or neither. Float weights are dropped block by block, so that memory peaks at the model plus one
     block and the activations of the calibration text.
 
-    What was done to each layer is left in ``model.dcext_report``, a ``CompressionReport``.
+    What was done to each layer, what stays float and why is left in ``model.dcext_report``, a ``CompressionReport``. A
+    ``UserWarning`` says so where less than 95 % of the weights of matrices are compressed.
 
     Args:
         model: any module on the CPU. Modified in place, also when an exception ends the call halfway.
         config: what to do; the default is ``CompressionConfig()``, recipe ``rate``.
         calibration: for ``rate`` and ``paper``: ``(windows, tokens)`` int64 token ids (49,152 tokens serve well), or
             float inputs of a model that does not take tokens.
-        filter_fn: called with name and module; False leaves a module as it is.
+        filter_fn: called with name and module of a layer, or name of a parameter and the module that has it; False
+            leaves it as it is.
         progress: called with what was just done and its share of all work.
+        include: a regular expression; only names in which it is found are compressed.
+        exclude: a regular expression; names in which it is found are not.
         resume_dir: folder in which calibrated blocks are kept: a call with the same model, text and settings after an
             interruption goes on there, with the same result. Removed at the end.
         source: where weights come from if the model is on the meta device (``dcext.hub.load_lazy_model``).
 
     Returns:
-        ``model`` (a module that is itself an ``nn.Linear`` cannot be replaced in place: ValueError).
+        ``model``.
 
     Raises:
         ValueError: nothing to compress, a tied weight only half of which passes the filter, weights with NaN,
@@ -85,11 +86,15 @@ def compress_(
     """
     config = config or CompressionConfig()
     _check_calibration(config, calibration)
-    modules = compressible_modules(model, filter_fn)
-    if not modules or "" in modules:
+    passes = make_filter(filter_fn, include, exclude)
+    prepare_(model, passes)
+    found = find_matrices(model, passes)
+    _leave_half_tied(model, found, chosen=any((filter_fn, include, exclude)))
+    modules = found.modules
+    if not modules:
         raise ValueError(
-            "compress_: model: expected a module that contains nn.Linear or nn.Embedding, got "
-            + (type(model).__name__ if "" in modules else "none that pass the filter")
+            "compress_: model: expected a module that contains linear layers, convolutions or embeddings, got none that "
+            "pass the filter" + (" (all are compressed)" if compressed_modules(model) else "")
         )
     source = source or BlockSource()
     resume = None
@@ -97,9 +102,14 @@ def compress_(
         settings = {**config.to_dict(), "names": sorted(modules), "version": JOB_VERSION}
         key = job_key(model, calibration, {**settings, "source": source.identity()})
         resume = ResumeFolder(Path(resume_dir), key)
-    _Compression(model, config, modules, source, progress or (lambda label, share: None)).run(
-        calibration, resume
-    )
+    report = _Compression(
+        model, config, modules, source, progress or (lambda label, share: None)
+    ).run(calibration, resume)
+    report.left = left_float(model, found.reasons)
+    report.config = config.to_dict()
+    setattr(model, REPORT_ATTRIBUTE, report)
+    if report.matrix_coverage < LEAST_COVERAGE:
+        warnings.warn(f"compress_: {report.describe_coverage()}", stacklevel=2)
     if resume is not None:
         resume.remove()
     return model
@@ -130,7 +140,7 @@ class _Compression:
         self,
         model: nn.Module,
         config: CompressionConfig,
-        modules: dict[str, nn.Linear | nn.Embedding],
+        modules: dict[str, nn.Module],
         source: BlockSource,
         progress: ProgressFn,
     ) -> None:
@@ -139,16 +149,20 @@ class _Compression:
         self.source = source
         self.progress = progress
         self.report = CompressionReport()
-        _check_ties(model, modules)
         in_blocks: set[str] = set()
         self.blocks = find_blocks(model) if config.recipe != "int8" else []
+        uses = Counter(id(module.weight) for module in modules.values())
         for block in self.blocks:
-            in_blocks.update(name for name in linear_layers(block) if name in modules)
+            in_blocks.update(
+                name
+                for name in linear_layers(block)
+                if name in modules and uses[id(modules[name].weight)] == 1
+            )
         self.block_names = [name for name in modules if name in in_blocks]
         self.other_names = [name for name in modules if name not in in_blocks]
-        self.weights = {name: module.weight.numel() for name, module in modules.items()}
+        self.weights = {name: matrix_of(module).numel() for name, module in modules.items()}
 
-    def run(self, calibration: Tensor | None, resume: ResumeFolder | None) -> None:
+    def run(self, calibration: Tensor | None, resume: ResumeFolder | None) -> CompressionReport:
         """Does all of it; a folder to resume from is only read where the recipe calibrates."""
         with self.source.skeleton():
             others = self._code_others()
@@ -173,23 +187,25 @@ class _Compression:
         self.source.fill_rest()
         for name, coded in others.items():
             self._put(name, coded)
-        forget_ties(self.model, set(compressed_modules(self.model)))
+        forget_ties(self.model)
         if config.recipe == "paper":
             self._fold_col_scales()
-        setattr(self.model, REPORT_ATTRIBUTE, self.report)
+        return self.report
 
     def _code_others(self) -> dict[str, CodedLayer]:
         """What lies outside the blocks, in INT8; modules that share a weight share what it became."""
         coded: dict[str, CodedLayer] = {}
-        by_weight: dict[int, CodedLayer] = {}
+        by_weight: dict[tuple[int, bool], CodedLayer] = {}
         granularity = self.config.granularity if self.config.recipe == "int8" else "row"
         whole = OTHERS_SHARE if self.block_names else 1.0
         total = sum(self.weights[name] for name in self.other_names)
         for name in self.other_names:
-            weight = self.model.get_parameter(f"{name}.weight")
-            if id(weight) not in by_weight:
-                by_weight[id(weight)] = self._code_absmax(name, weight, granularity)
-            coded[name] = by_weight[id(weight)]
+            module = self.model.get_submodule(name)
+            matrix = matrix_of(module)
+            key = (id(module.weight), _is_transposed(module))
+            if key not in by_weight:
+                by_weight[key] = self._code_absmax(name, matrix, granularity)
+            coded[name] = by_weight[key]
             if not self.blocks:  # recipe int8: each float weight goes as soon as it can
                 self._put(name, coded[name])
             self.progress(name, whole * self.weights[name] / total)
@@ -231,9 +247,9 @@ class _Compression:
         for block in self.blocks:
             with self.source.weights(block):
                 weights = {
-                    name: layer.weight.detach()
+                    name: matrix_of(layer)
                     for name, layer in linear_layers(block).items()
-                    if name in self.weights
+                    if name in self.block_names
                 }
             for name, weight in weights.items():
                 try:
@@ -258,58 +274,53 @@ class _Compression:
     def _put(self, name: str, coded: CodedLayer) -> None:
         """Replaces a module; a layer that shares another's payload is reported once."""
         module = self.model.get_submodule(name)
-        bias = self.source.bias(name, module)
-        _replace(self.model, name, _compressed_module(module, coded, self.config.activations, bias))
+        quantized = coded.quantized
+        outliers = None
+        if quantized.outlier_index is not None and quantized.outlier_weight is not None:
+            outliers = (quantized.outlier_index, quantized.outlier_weight)
+        compress_module_(
+            module,
+            coded.payload,
+            quantized.row_scale,
+            quantized.col_scale,
+            bias=self.source.bias(name, module),
+            activations=self.config.activations,
+            outliers=outliers,
+        )
         if all(coded.report is not report for report in self.report.layers):
             self.report.layers.append(coded.report)
 
 
-def _compressed_module(
-    module: nn.Module, coded: CodedLayer, activations: str, bias: Tensor | None
-) -> CompressedModule:
-    quantized = coded.quantized
-    scales = (quantized.row_scale, quantized.col_scale)
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None:
-            raise ValueError(f"compress_: max_norm: expected None, got {module.max_norm}")
-        replacement: CompressedModule = DCEmbedding(
-            coded.payload, *scales, module.weight.dtype, module.padding_idx
-        )
-    else:
-        assert isinstance(module, nn.Linear)
-        outliers = None
-        if quantized.outlier_index is not None and quantized.outlier_weight is not None:
-            outliers = (quantized.outlier_index, quantized.outlier_weight)
-        dtype = module.weight.dtype
-        replacement = DCLinear(coded.payload, *scales, bias, activations, dtype, outliers)
-    return replacement.train(module.training)
+def _is_transposed(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    return kind is not None and kind.name == "conv1d"
 
 
-def forget_ties(model: nn.Module, names: set[str]) -> None:
-    """Takes compressed layers out of what a transformers model ties: they share a payload, and have no weight to tie."""
-    for keys in ("_tied_weights_keys", "all_tied_weights_keys"):
-        tied = getattr(model, keys, None)
-        if isinstance(tied, dict):
-            left = {a: b for a, b in tied.items() if a.removesuffix(".weight") not in names}
-            setattr(model, keys, left or ({} if keys.startswith("all") else None))
+def _leave_half_tied(model: nn.Module, found: Found, *, chosen: bool) -> None:
+    """Leaves out what shares its weight with something that is not compressed.
 
+    Args:
+        model: to look in.
+        found: from which they are taken.
+        chosen: whether the caller filters, who then has to say which of both is meant.
 
-def _check_ties(model: nn.Module, modules: dict[str, nn.Linear | nn.Embedding]) -> None:
-    owners = {id(module.weight): name for name, module in modules.items()}
+    Raises:
+        ValueError: ``chosen``, and a filter lets only half of a tied pair pass.
+    """
+    names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = name.removesuffix(".weight")
-        if id(parameter) in owners and owner not in modules:
-            raise ValueError(
-                f"compress_: filter_fn: {owners[id(parameter)]!r} is tied to {owner!r}, which is not compressed: "
-                "expected both or neither"
-            )
-
-
-def compressed_modules(model: nn.Module) -> dict[str, CompressedModule]:
-    """All compressed modules of a model, by name; modules that share a payload all appear."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, CompressedModule)}
-
-
-def _replace(model: nn.Module, name: str, replacement: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, replacement)
+        names.setdefault(id(parameter), []).append(name)
+    aliases = {id(module): name for name, module in found.modules.items()}
+    for name, module in list(found.modules.items()):
+        for other in names[id(module.weight)]:
+            owner = other.removesuffix(".weight")
+            if other.endswith(".weight") and id(model.get_submodule(owner)) in aliases:
+                continue
+            if chosen:
+                raise ValueError(
+                    f"compress_: filter_fn: {name!r} is tied to {owner!r}, which is not compressed: "
+                    "expected both or neither"
+                )
+            found.reasons[f"{name}.weight"] = TIED
+            del found.modules[name]
+            break

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dcext.codec import payload_info
-from dcext.compress import REPORT_ATTRIBUTE, compressed_modules, forget_ties
+from dcext.compress import REPORT_ATTRIBUTE
 from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.format import CheckpointReader, write_checkpoint
-from dcext.format.manifest import FORMAT_VERSION, parse_json_object
-from dcext.nn import DCEmbedding, DCLinear
-from dcext.nn.compressed import CompressedModule, storage_form
+from dcext.format.manifest import parse_json_object
+from dcext.format.writer import weights_file
+from dcext.loading import QUANT_METHOD, describe, stored_tensors
+from dcext.nn.compressed import CompressedModule, compressed_modules
 from dcext.nn.device import check_device, place
 from dcext.policy.plan import Plan
 from dcext.quantize.report import CompressionReport
 from dcext.runtime.budget import parse_nbytes
 from dcext.runtime.offload import offload
-from dcext.runtime.origin import Origin
 from dcext.runtime.retier import apply
 
-QUANT_METHOD = "dcext"
 REPORT_NAME = "compression_report.json"
 # Of a float tensor that becomes three: headers, hashes, its row in the report.
 SIDE_NBYTES_PER_TENSOR = 600
+# transformers makes a model while torch's default dtype and its initializers are replaced, for all threads.
+_LOADING = threading.RLock()
 
 
 def save_pretrained(
@@ -48,10 +50,10 @@ def save_pretrained(
     Args:
         model: a ``PreTrainedModel`` that went through ``compress_``.
         directory: the target; missing or empty, or with ``overwrite`` an earlier checkpoint.
-        tokenizer: a transformers tokenizer to store beside it, or None.
-        config: recorded in ``config.json`` for those who ask how the model was made.
+        tokenizer: a transformers tokenizer or processor to store beside it, or None.
+        config: recorded in ``config.json`` for those who ask how the model was made; None for what its report says.
         max_shard_nbytes: a shard is closed before it passes this size.
-        overwrite: whether an earlier checkpoint may be replaced.
+        overwrite: whether an earlier checkpoint may be replaced. Files beside it that are not part of it are kept.
         progress: called with the number of bytes written since the last call.
 
     Raises:
@@ -64,33 +66,100 @@ def save_pretrained(
             "save_pretrained: model: expected a compressed transformers model, got "
             f"{type(model).__name__} with {len(modules)} compressed modules"
         )
-    tied = _tied_modules(modules)
-    quantization = {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "activations": {
-            name: m.activations for name, m in modules.items() if isinstance(m, DCLinear)
-        },
-        "tied": tied,
-        "shared": _shared_scales(modules, tied),
-        "config": None if config is None else config.to_dict(),
-    }
+    report = getattr(model, REPORT_ATTRIBUTE, None)
+    how = report.config if config is None and isinstance(report, CompressionReport) else None
+    how = config.to_dict() if config is not None else how
     files = _side_files(model, tokenizer)
     model_config = json.loads(files["config.json"])
     model_config["architectures"] = [type(model).__name__]
-    model_config["quantization_config"] = quantization
+    model_config["dtype"] = str(_dtype(modules)).removeprefix("torch.")
+    tensors = stored_tensors(model)
+    model_config["quantization_config"] = {
+        **describe(model, how),
+        "weights": weights_file(tensors, max_shard_nbytes),
+    }
+    model_config.pop("transformers_weights", None)
     files["config.json"] = (json.dumps(model_config, indent=2, sort_keys=True) + "\n").encode()
-    report = getattr(model, REPORT_ATTRIBUTE, None)
     if isinstance(report, CompressionReport):
         files[REPORT_NAME] = (json.dumps(report.to_dict(), indent=1) + "\n").encode()
     write_checkpoint(
         directory,
-        _tensors(model, tied),
+        tensors,
         files,
         max_shard_nbytes=max_shard_nbytes,
         overwrite=overwrite,
         progress=progress,
     )
+
+
+def _dtype(modules: Mapping[str, CompressedModule]) -> torch.dtype:
+    """What most compressed layers compute in."""
+    dtypes = [module.dtype for module in modules.values()]
+    return max(set(dtypes), key=dtypes.count)
+
+
+def save_for_transformers(
+    model: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Any] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = "5GB",
+    **kwargs: Any,
+) -> None:
+    """``PreTrainedModel.save_pretrained`` of a compressed model; an earlier checkpoint of dcext is replaced.
+
+    Args:
+        model: a ``PreTrainedModel``.
+        save_directory: the folder.
+        is_main_process: only this one writes.
+        state_dict: ignored but for a warning where its names are not the model's: payloads are those of the layers.
+        push_to_hub: whether to upload the folder afterwards.
+        max_shard_size: bytes, or ``"5GB"``.
+        kwargs: of ``push_to_hub``; ``safe_serialization`` and ``save_peft_format`` do nothing here.
+
+    Raises:
+        ValueError: ``variant`` or ``distributed_checkpoint``, which a checkpoint of dcext does not have.
+    """
+    for option in ("variant", "distributed_checkpoint"):
+        if kwargs.pop(option, None):
+            raise ValueError(
+                f"save_pretrained: {option}: expected none for a compressed model, got one"
+            )
+    for option in ("safe_serialization", "save_peft_format", "save_original_format"):
+        kwargs.pop(option, None)
+    if state_dict is not None and not set(state_dict) <= set(model.state_dict()):
+        unknown = sorted(set(state_dict) - set(model.state_dict()))[0]
+        raise ValueError(
+            f"save_pretrained: state_dict: expected names of the compressed model, got {unknown!r}"
+        )
+    if not is_main_process:
+        return
+    directory = Path(save_directory)
+    nbytes = (
+        max_shard_size
+        if isinstance(max_shard_size, int)
+        else parse_nbytes("max_shard_size", max_shard_size)
+    )
+    with tempfile.TemporaryDirectory() as empty:
+        before = model._get_files_timestamps(empty)
+    save_pretrained(model, directory, max_shard_nbytes=nbytes, overwrite=True)
+    if push_to_hub:
+        from huggingface_hub import create_repo
+
+        token = kwargs.pop("token", None)
+        message, create_pr = kwargs.pop("commit_message", None), kwargs.pop("create_pr", False)
+        repo_id = create_repo(
+            kwargs.pop("repo_id", directory.name), exist_ok=True, token=token, **kwargs
+        ).repo_id
+        model._upload_modified_files(
+            str(directory),
+            repo_id,
+            before,
+            commit_message=message,
+            token=token,
+            create_pr=create_pr,
+        )
 
 
 def from_pretrained(
@@ -104,15 +173,20 @@ def from_pretrained(
     page_cache: bool = False,
     plan: Plan | None = None,
     progress: Callable[[int], None] | None = None,
+    model_class: type | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Loads a model that ``save_pretrained`` wrote, every byte verified, without ever holding its float weights.
+
+    The loader is transformers' own, with the quantizer of ``dcext.integrations.hf``; any number of threads may load.
 
     With ``host_memory``, weights that do not fit there stay in the files and are read while the model runs, ahead of
     their use; they are verified whenever they are used. With ``device_memory``, decoder blocks that do not fit on the
     device wait in host memory and are copied ahead of their use. See ``dcext.offload``.
 
     Args:
-        directory: the folder.
+        directory: the folder, or a name on the Hugging Face hub.
         dtype: what to compute in; None for the dtype of the model that was compressed.
         device: where the weights rest, compressed, and the model runs (``dcext.nn.place``).
         host_memory: bytes for weights, or a size such as ``"4GiB"``; None for as much as they need.
@@ -121,6 +195,9 @@ def from_pretrained(
         plan: where each layer is to be, from ``dcext.plan``, instead of the budgets; for the CPU or for ``device``.
         page_cache: with ``host_memory`` on the CPU, whether the system may also keep files in memory that is not counted.
         progress: called with the number of bytes loaded since the last call.
+        model_class: the model's class, or an ``AutoModel..`` of transformers; None for the one that was saved.
+        revision: of a name on the hub.
+        kwargs: for ``from_pretrained`` of transformers, such as ``attn_implementation`` or ``trust_remote_code``.
 
     Returns:
         The transformers model, in evaluation mode.
@@ -135,44 +212,24 @@ def from_pretrained(
     if plan is not None:
         _check_plan(torch.device(device), plan, has_budget)
     _check_budgets(torch.device(device), host_memory, device_memory)
-    in_files = has_budget or plan is not None
-    reader = CheckpointReader(directory)
-    if "config.json" not in reader.file_names:
-        raise FormatError(
-            f"{directory}: expected config.json in the manifest, found {reader.file_names}"
-        )
-    model_config = parse_json_object(reader.read_file("config.json"), "config.json")
-    quantization = model_config.pop("quantization_config", None)
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-        raise FormatError(
-            f"{directory}: config.json: quantization_config: expected quant_method 'dcext'"
-        )
-    generation_config = None
-    if "generation_config.json" in reader.file_names:
-        data = reader.read_file("generation_config.json")
-        generation_config = parse_json_object(data, "generation_config.json")
-    model = _skeleton(directory, model_config, generation_config)
-    loader = _Loader(reader, quantization, progress or (lambda nbytes: None), not in_files)
-    loader.load_into(model)
-    forget_ties(model, set(compressed_modules(model)))
-    if dtype is not None:
-        model.to(dtype)
+    reader = CheckpointReader(_local_folder(directory, revision))
+    report = progress or (lambda nbytes: None)
+    model = _load(reader, model_class, dtype, has_budget or plan is not None, report, kwargs)
     if plan is not None:
         apply(model, plan, device=device)
-        return model.eval()
-    if not has_budget:
+    elif has_budget:
+        offload(
+            model,
+            host_memory=host_memory,
+            device_memory=device_memory,
+            device=device,
+            mode=mode,
+            page_cache=page_cache,
+            progress=progress,
+        )
+    else:
         place(model, device)
-        return model.eval()
-    offload(
-        model,
-        host_memory=host_memory,
-        device_memory=device_memory,
-        device=device,
-        mode=mode,
-        page_cache=page_cache,
-        progress=progress,
-    )
-    return model.eval()
+    return model
 
 
 def _check_plan(device: torch.device, plan: Plan, has_budget: bool) -> None:
@@ -207,48 +264,83 @@ def _check_budgets(
         )
 
 
-def _tied_modules(modules: Mapping[str, CompressedModule]) -> dict[str, str]:
-    """Modules that share the payload of an earlier one, and which."""
-    first: dict[int, str] = {}
-    tied = {}
-    for name, module in modules.items():
-        owner = first.setdefault(id(module.payload), name)
-        if owner != name:
-            tied[name] = owner
-    return tied
+def _local_folder(directory: str | Path, revision: str | None) -> Path:
+    """A folder as it is; a name on the hub as the folder that it was downloaded to."""
+    path = Path(directory).expanduser()
+    name = str(directory)
+    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        return path
+    if name.count("/") == 0 and revision is None:
+        return path  # more likely a folder that is missing
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision))
 
 
-def _shared_scales(
-    modules: Mapping[str, CompressedModule], tied: Mapping[str, str]
-) -> dict[str, str]:
-    """Layers that share the ``col_scale`` of an earlier one, and which: those that read the same input do."""
-    first: dict[int, str] = {}
-    shared = {}
-    for name, module in modules.items():
-        if module.col_scale is not None and name not in tied:
-            owner = first.setdefault(id(module.col_scale), name)
-            if owner != name:
-                shared[name] = owner
-    return shared
+def _load(
+    reader: CheckpointReader,
+    model_class: Any,
+    dtype: torch.dtype | None,
+    in_files: bool,
+    progress: Callable[[int], None],
+    kwargs: dict[str, Any],
+) -> nn.Module:
+    from dcext.integrations.hf import LoadOptions, load_options
+
+    files = reader.read_files()  # verified
+    if "config.json" not in files:
+        raise FormatError(
+            f"{reader.directory}: expected config.json in the manifest, found {reader.file_names}"
+        )
+    config = parse_json_object(files["config.json"], "config.json")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise FormatError(
+            f"{reader.directory}: config.json: quantization_config: expected quant_method {QUANT_METHOD!r}"
+        )
+    chosen = model_class or _saved_class(reader.directory, config, kwargs)
+    with _LOADING, load_options(LoadOptions(in_files, progress, reader)):
+        model, loading = chosen.from_pretrained(
+            str(reader.directory),
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+            **kwargs,
+        )
+    if model_class is None:
+        _check_complete(reader, loading)
+    if REPORT_NAME in files:
+        report = parse_json_object(files[REPORT_NAME], REPORT_NAME)
+        setattr(model, REPORT_ATTRIBUTE, CompressionReport.from_dict(report))
+    return model
 
 
-def _tensors(model: nn.Module, tied: Mapping[str, str]) -> dict[str, Tensor]:
-    """The state dict without what is stored under another name already."""
-    tensors: dict[str, Tensor] = {}
-    compressed = compressed_modules(model)
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        module, _, leaf = name.rpartition(".")
-        if module in tied and leaf != "bias":
-            continue
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        tensor = tensor.detach()
-        if leaf in ("row_scale", "col_scale") and module in compressed:
-            tensor = storage_form(tensor)
-        tensors[name] = tensor
-    return tensors
+def _check_complete(reader: CheckpointReader, loading: Mapping[str, Any]) -> None:
+    """Raises ``FormatError`` where the checkpoint and the model do not have the same tensors."""
+    for key, found in (
+        ("missing_keys", "expected in the checkpoint, found none"),
+        ("unexpected_keys", "the model has no place for it"),
+        ("mismatched_keys", "expected another shape"),
+    ):
+        names = sorted(str(name) for name in loading.get(key) or ())
+        if names:
+            raise FormatError(f"{reader.directory}: tensor {names[0]!r}: {found}")
+
+
+def _saved_class(directory: Path, config: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Any:
+    """The class of the model that was saved; of remote code the automatic class that finds it."""
+    import transformers
+
+    architectures = config.get("architectures") or [None]
+    found = getattr(transformers, str(architectures[0]), None)
+    if found is not None:
+        return found
+    automatic = [key for key in config.get("auto_map") or () if key.startswith("AutoModel")]
+    if automatic and kwargs.get("trust_remote_code"):
+        return getattr(transformers, automatic[0])
+    hint = "pass trust_remote_code=True" if automatic else "pass its class as model_class"
+    raise FormatError(
+        f"{directory}: config.json: architectures: expected one of transformers', found {architectures}; {hint}"
+    )
 
 
 def side_nbytes(model: Any, tokenizer: Any) -> int:
@@ -263,181 +355,15 @@ def _side_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
         model.config.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)
+        if getattr(model, "is_remote_code", bool)():
+            from transformers.dynamic_module_utils import custom_object_save
+
+            custom_object_save(model, folder, config=model.config)
+            model.config.save_pretrained(folder)  # with the auto_map that this sets
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-
-
-def _skeleton(
-    directory: str | Path, model_config: dict[str, Any], generation_config: dict[str, Any] | None
-) -> nn.Module:
-    """The model with parameters on the meta device; buffers that are computed at construction are real."""
-    import transformers
-    from accelerate import init_empty_weights
-
-    architectures = model_config.get("architectures") or []
-    model_class = getattr(transformers, architectures[0], None) if architectures else None
-    if model_class is None:
-        raise FormatError(
-            f"{directory}: config.json: architectures: expected one of transformers', found {architectures}"
-        )
-    config = model_class.config_class.from_dict(model_config)
-    with init_empty_weights(include_buffers=False):
-        model = model_class(config)
-    model.tie_weights()  # meta parameters are made one by one and lose their ties
-    if generation_config is not None:
-        model.generation_config = transformers.GenerationConfig.from_dict(generation_config)
-    return model
-
-
-class _Loader:
-    """Fills a skeleton from a checkpoint and accounts for every tensor of both."""
-
-    def __init__(
-        self,
-        reader: CheckpointReader,
-        quantization: Mapping[str, Any],
-        progress: Callable[[int], None],
-        payloads: bool,
-    ) -> None:
-        """Args: payloads: whether to load them, or to leave them in their files."""
-        self.reader = reader
-        self.payloads = payloads
-        self.quantization = quantization
-        self.progress = progress
-        self.used: set[str] = set()
-        self.col_scales: dict[str, Tensor] = {}
-
-    def load_into(self, model: nn.Module) -> None:
-        compressed = [
-            key.removesuffix(".payload") for key in self.reader.names() if key.endswith(".payload")
-        ]
-        shared = self.quantization.get("shared", {})
-        for name in sorted(compressed, key=lambda name: name in shared):  # owners first
-            self.replace(model, name, self.compressed_module(model, name))
-        for name, owner in self.quantization.get("tied", {}).items():
-            self.replace(model, name, self.tied_module(model, name, owner))
-        self.load_float_tensors(model)
-        unused = sorted(set(self.reader.names()) - self.used)
-        if unused:
-            raise FormatError(f"tensor {unused[0]!r}: the model has no place for it")
-
-    def tensor(self, name: str) -> Tensor:
-        """A verified copy."""
-        self.use(name)
-        self.reader.verify(name, self.progress)
-        return self.reader.get(name).clone()
-
-    def use(self, name: str) -> None:
-        if name not in self.reader:
-            raise FormatError(f"tensor {name!r}: expected in the checkpoint, found none")
-        self.used.add(name)
-
-    def payload(self, origin: Origin) -> Tensor:
-        """A verified payload in weight memory, or where it lies in its file."""
-        self.use(origin.name)
-        return origin.load(self.progress) if self.payloads else origin.view()
-
-    def optional(self, name: str) -> Tensor | None:
-        return self.tensor(name) if name in self.reader else None
-
-    def compressed_module(self, model: nn.Module, name: str) -> CompressedModule:
-        origin = Origin(self.reader, f"{name}.payload")
-        payload = self.payload(origin)
-        try:
-            found = payload_info(payload)["shape"]
-            original = self.float_module(model, name)
-            expected = tuple(original.weight.shape)
-            if found != expected:
-                raise FormatError(f"expected shape {expected}, found {found}")
-            module = self.build(name, original, payload, self.tensor(f"{name}.row_scale"))
-            module.come_from(origin, in_file=not self.payloads)
-            return module
-        except FormatError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise FormatError(f"tensor {name + '.payload'!r}: {error}") from None
-
-    def build(
-        self, name: str, original: nn.Linear | nn.Embedding, payload: Tensor, row_scale: Tensor
-    ) -> CompressedModule:
-        col_scale = self.col_scale(name, payload_info(payload)["shape"][1])
-        dtype = original.weight.dtype
-        if isinstance(original, nn.Embedding):
-            return DCEmbedding(payload, row_scale, col_scale, dtype, original.padding_idx)
-        bias = None if original.bias is None else self.tensor(f"{name}.bias")
-        activations = self.quantization.get("activations", {}).get(name, "int8")
-        index = self.optional(f"{name}.outlier_index")
-        outliers = None if index is None else (index, self.tensor(f"{name}.outlier_weight"))
-        return DCLinear(payload, row_scale, col_scale, bias, activations, dtype, outliers)
-
-    def col_scale(self, name: str, in_features: int) -> Tensor | None:
-        """A layer's own, widened to float32, or the tensor of the layer that it shares it with."""
-        owner = self.quantization.get("shared", {}).get(name)
-        if owner is not None:
-            if owner not in self.col_scales:
-                raise FormatError(
-                    f"config.json: shared: {name!r}: expected {owner!r} to have a col_scale, found none"
-                )
-            return self.col_scales[owner]
-        stored = self.optional(f"{name}.col_scale")
-        if stored is None:
-            return None
-        size = in_features if stored.shape == (1,) else stored.shape[0]
-        self.col_scales[name] = stored.expand(size).float().contiguous()
-        return self.col_scales[name]
-
-    def tied_module(self, model: nn.Module, name: str, owner: str) -> CompressedModule:
-        source = model.get_submodule(owner)
-        if not isinstance(source, CompressedModule):
-            raise FormatError(
-                f"config.json: tied: expected {owner!r} to be compressed, found that it is not"
-            )
-        original = self.float_module(model, name)
-        dtype, scales = original.weight.dtype, (source.row_scale, source.col_scale)
-        module: CompressedModule
-        if isinstance(original, nn.Embedding):
-            module = DCEmbedding(source.payload, *scales, dtype, original.padding_idx)
-        else:
-            bias = None if original.bias is None else self.tensor(f"{name}.bias")
-            activations = self.quantization.get("activations", {}).get(name, "int8")
-            module = DCLinear(source.payload, *scales, bias, activations, dtype)
-        if source.origin is not None:
-            module.come_from(source.origin, in_file=source.is_in_file)
-        return module
-
-    def float_module(self, model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            module = None
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
-            raise FormatError(
-                f"tensor {name + '.payload'!r}: expected a linear layer or embedding of that name in the model"
-            )
-        return module
-
-    def replace(self, model: nn.Module, name: str, module: nn.Module) -> None:
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, module)
-
-    def load_float_tensors(self, model: nn.Module) -> None:
-        """Everything that is not compressed: parameters on the meta device, and persistent buffers."""
-        loaded: dict[int, nn.Parameter] = {}
-        for name, old in list(model.named_parameters(remove_duplicate=False)):
-            if id(old) not in loaded and name in self.reader:
-                value = self.tensor(name)
-                if value.shape != old.shape:
-                    raise FormatError(
-                        f"tensor {name!r}: expected shape {tuple(old.shape)}, found {tuple(value.shape)}"
-                    )
-                loaded[id(old)] = nn.Parameter(value, requires_grad=False)
-        for name, old in list(model.named_parameters(remove_duplicate=False)):
-            if id(old) not in loaded:
-                raise FormatError(f"tensor {name!r}: expected in the checkpoint, found none")
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, loaded[id(old)])
-        persistent = model.state_dict(keep_vars=True)
-        for name, buffer in model.named_buffers():
-            if name in self.reader and name in persistent and name not in self.used:
-                buffer.copy_(self.tensor(name))
+        found = sorted(Path(folder).iterdir())
+        left = [path.name for path in found if not path.is_file()]
+        if left:
+            warnings.warn(f"save_pretrained: expected files, found folders: {left}", stacklevel=3)
+        return {path.name: path.read_bytes() for path in found if path.is_file()}

@@ -78,7 +78,7 @@ def test_verify(folders):
 
 def test_decompress(folders):
     run("decompress", folders / "out", "-o", folders / "plain")
-    plain = load_file(folders / "plain" / "model.safetensors")
+    plain = load_file(folders / "plain" / "dcext.safetensors")
     model = dcext.from_pretrained(folders / "out")
     layer = model.model.layers[0].self_attn.q_proj
     name = "model.layers.0.self_attn.q_proj"
@@ -225,7 +225,7 @@ def test_interrupted_compress_goes_on(folders, calibration, tmp_path):
     process.kill()
     process.wait()
     run(*arguments)
-    data = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
+    data = [(tmp_path / name / "dcext.safetensors").read_bytes() for name in ("out", "whole")]
     assert data[0] == data[1]
 
 

@@ -78,7 +78,7 @@ def test_every_linear_layer_and_embedding_is_replaced():
     shares = {}
     result = dcext.compress_(model, INT8, progress=shares.__setitem__)
     assert result is model
-    assert not any(isinstance(m, (nn.Linear, nn.Embedding)) for m in model.modules())
+    assert not any(type(m) in (nn.Linear, nn.Embedding) for m in model.modules())
     assert set(shares) == set(compressed_modules(model))
     assert sum(shares.values()) == pytest.approx(1)
     assert model.lm_head.payload is model.model.embed_tokens.payload
@@ -197,18 +197,18 @@ def test_missing_and_foreign_folders(tmp_path, copied):
     (tmp_path / "empty").mkdir()
     with pytest.raises(dcext.FormatError, match="manifest"):
         dcext.from_pretrained(tmp_path / "empty")
-    (copied / "model.safetensors").unlink()
-    with pytest.raises(dcext.FormatError, match=r"model\.safetensors.*no such file"):
+    (copied / "dcext.safetensors").unlink()
+    with pytest.raises(dcext.FormatError, match=r"dcext\.safetensors.*no such file"):
         dcext.from_pretrained(copied)
 
 
 def test_a_flipped_bit_names_the_tensor(copied):
-    path = copied / "model.safetensors"
+    path = copied / "dcext.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(data)
     with pytest.raises(
-        dcext.FormatError, match=r"model\.safetensors: tensor '.*': checksum: expected"
+        dcext.FormatError, match=r"dcext\.safetensors: tensor '.*': checksum: expected"
     ):
         dcext.from_pretrained(copied)
 

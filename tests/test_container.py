@@ -68,10 +68,10 @@ def test_round_trip_and_stock_safetensors(tmp_path, max_shard_nbytes):
 
 def test_shards_are_named_as_hugging_face_does(tmp_path):
     write_checkpoint(tmp_path / "m", some_tensors(), FILES, max_shard_nbytes=1000)
-    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "m" / "dcext.safetensors.index.json").read_text())
     shards = sorted(path.name for path in (tmp_path / "m").glob("*.safetensors"))
     count = len(shards)
-    assert shards == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    assert shards == [f"dcext-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     assert set(index["weight_map"]) == set(some_tensors())
     assert set(index["weight_map"].values()) == set(shards)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in some_tensors().values())
@@ -201,7 +201,7 @@ def test_crafted_headers_are_refused(tmp_path, header, message):
     text = text if isinstance(text, bytes) else json.dumps(text).encode()
     length = header if isinstance(header, int) else len(text)
     data = struct.pack("<Q", length) + text + bytes(8)
-    (folder / "model.safetensors").write_bytes(data)
+    (folder / "dcext.safetensors").write_bytes(data)
     write_fitting_manifest(folder, list(header) if isinstance(header, dict) else [])
     with pytest.raises(FormatError, match=message) as error:
         CheckpointReader(folder)
@@ -209,17 +209,17 @@ def test_crafted_headers_are_refused(tmp_path, header, message):
 
 
 def write_fitting_manifest(folder: Path, names: list[str], hashes: dict | None = None) -> None:
-    data = (folder / "model.safetensors").read_bytes()
+    data = (folder / "dcext.safetensors").read_bytes()
     manifest = {
         "nbytes": len(data),
         "header_xxh3_64": xxhash.xxh3_64_hexdigest(data[:-8]),
         "tensors": dict.fromkeys(names, "") | (hashes or {}),
     }
-    (folder / "dcext.json").write_bytes(dump_manifest({"model.safetensors": manifest}))
+    (folder / "dcext.json").write_bytes(dump_manifest({"dcext.safetensors": manifest}))
 
 
 def test_an_empty_shard_that_the_manifest_agrees_with(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "dcext.safetensors").write_bytes(b"")
     write_fitting_manifest(tmp_path, [])
     with pytest.raises(FormatError, match="expected at least 8 bytes, found 0"):
         CheckpointReader(tmp_path)
@@ -235,7 +235,7 @@ def test_a_tensor_that_lies_unaligned_is_copied(tmp_path):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     data = struct.pack("<Q", len(text)) + text + b"\0" + value + bytes(3)
-    (tmp_path / "model.safetensors").write_bytes(data)
+    (tmp_path / "dcext.safetensors").write_bytes(data)
     write_fitting_manifest(tmp_path, list(header))
     tensor = CheckpointReader(tmp_path).get("f")
     assert tensor.data_ptr() % 4 == 0
@@ -272,7 +272,7 @@ def test_a_failure_leaves_nothing(tmp_path):
         write_checkpoint(tmp_path / "m", some_tensors(), FILES, progress=fail)
     with pytest.raises(ValueError, match="expected a CPU tensor"):
         write_checkpoint(tmp_path / "m", {"t": torch.empty(1, device="meta")}, FILES)
-    for name in ("dcext.json", "model.safetensors.index.json", "a/b", "", "x" * 256):
+    for name in ("dcext.json", "dcext.safetensors.index.json", "a/b", "", "x" * 256):
         with pytest.raises(ValueError, match="plain name"):
             write_checkpoint(tmp_path / "m", some_tensors(), {name: b""}, progress=fail)
     with pytest.raises(ValueError, match="__metadata__"):
@@ -470,7 +470,7 @@ def test_every_dtype_as_the_stock_package_reads_it(tmp_path, dtype):
     tensor = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
     write_checkpoint(tmp_path / "m", {"t": tensor.T}, {})
     reader = CheckpointReader(tmp_path / "m")
-    for found in (reader.get("t"), load_file(tmp_path / "m" / "model.safetensors")["t"]):
+    for found in (reader.get("t"), load_file(tmp_path / "m" / "dcext.safetensors")["t"]):
         assert found.dtype == dtype
         assert torch.equal(found.float(), tensor.T.float())
 
@@ -481,7 +481,7 @@ def test_any_damage_gives_one_kind_of_error(data):
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "m"
         write_checkpoint(folder, {"t": torch.zeros(8, dtype=torch.uint8)}, {})
-        shard = folder / "model.safetensors"
+        shard = folder / "dcext.safetensors"
         original = shard.read_bytes()
         at = data.draw(st.integers(0, len(original) - 9))
         patch = data.draw(

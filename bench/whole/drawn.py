@@ -156,7 +156,7 @@ def drawn_model(shape: str, integers: str, codec: str | None, pool_size: int = P
     from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dcext.compress import forget_ties
+    from dcext.loading import forget_ties
 
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, dtype="bfloat16")
     with init_empty_weights(include_buffers=False):
@@ -172,7 +172,7 @@ def drawn_model(shape: str, integers: str, codec: str | None, pool_size: int = P
             setattr(model.get_submodule(parent), leaf, ones)
     model.model.embed_tokens = filled(model.model.embed_tokens, of_embeddings, codec)
     model.lm_head = tied_head(model.model.embed_tokens)
-    forget_ties(model, {"lm_head", "model.embed_tokens"})
+    forget_ties(model)
     return model.eval().requires_grad_(False)
 
 

@@ -12,7 +12,9 @@ import xxhash
 from dcext.errors import FormatError
 
 MANIFEST_NAME = "dcext.json"
-INDEX_NAME = "model.safetensors.index.json"
+# Not "model": a loader that does not know dcext must not find what it could take for a plain checkpoint.
+SHARD_STEM = "dcext"
+INDEX_NAME = f"{SHARD_STEM}.safetensors.index.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_NBYTES = 1 << 26  # half a million tensors
 MAX_SIZE = 2**63 - 1  # of anything counted: what torch and the file system can hold

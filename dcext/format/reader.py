@@ -27,8 +27,12 @@ class CheckpointReader:
     replaces whole folders.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, partial: bool = False) -> None:
         """Opens a folder that ``write_checkpoint`` wrote.
+
+        Args:
+            directory: the folder.
+            partial: whether small files may be missing, as in the cache of a hub, which holds what was asked for.
 
         Raises:
             FileNotFoundError: no such folder.
@@ -44,6 +48,8 @@ class CheckpointReader:
         self._tensors: dict[str, TensorInfo] = {}
         for name, entry in self._files.items():
             path = self.directory / name
+            if partial and "tensors" not in entry and not path.exists():
+                continue
             if not path.is_file():
                 raise FormatError(f"{path}: expected {entry['nbytes']} bytes, found no such file")
             if path.stat().st_size != entry["nbytes"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -12,13 +13,16 @@ from typing import BinaryIO
 import xxhash
 from torch import Tensor
 
+from dcext.errors import FormatError
 from dcext.format.manifest import (
     FORMAT_VERSION,
     INDEX_NAME,
     MANIFEST_NAME,
+    SHARD_STEM,
     dump_manifest,
     hash_bytes,
     is_plain_name,
+    parse_manifest,
 )
 from dcext.format.replace import replacing
 from dcext.format.safetensors_header import (
@@ -29,7 +33,7 @@ from dcext.format.safetensors_header import (
 )
 
 WRITE_NBYTES = 16 << 20
-RESERVED_NAME = re.compile(r"dcext\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+RESERVED_NAME = re.compile(r"dcext\.json|(dcext|model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def write_checkpoint(
@@ -49,6 +53,9 @@ def write_checkpoint(
     that is killed leaves the target as it was, and a temporary folder that the next call removes. The same arguments,
     in the same order, always give the same bytes. A target that is a link stays one: the folder behind it is replaced.
 
+    Files beside an earlier checkpoint that are not part of it, such as a README, are kept, and so are its small files
+    that are not written anew, such as those of a tokenizer.
+
     Args:
         directory: the target. Missing, an empty folder, or, with ``overwrite``, a checkpoint.
         tensors: CPU tensors by name; streamed to the disk without copies of whole shards.
@@ -65,7 +72,40 @@ def write_checkpoint(
     target = Path(directory).resolve()  # a link stays, and what it points to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target, lambda: check_target(target, overwrite)) as folder:
-        _write_files(folder, tensors, files, max_shard_nbytes, progress or (lambda nbytes: None))
+        kept = _earlier_files(target)
+        report = progress or (lambda nbytes: None)
+        _write_files(folder, tensors, {**kept, **files}, max_shard_nbytes, report)
+        _keep_foreign(target, folder)
+
+
+def _earlier_files(target: Path) -> dict[str, bytes]:
+    """The small files of the checkpoint that is replaced; empty where there is none, or its manifest is damaged."""
+    manifest = target / MANIFEST_NAME
+    if not manifest.is_file():
+        return {}
+    try:
+        entries = parse_manifest(manifest.read_bytes())
+    except FormatError:
+        return {}
+    names = [name for name, entry in entries.items() if "tensors" not in entry]
+    return {
+        name: (target / name).read_bytes()
+        for name in names
+        if not RESERVED_NAME.fullmatch(name) and (target / name).is_file()
+    }
+
+
+def _keep_foreign(target: Path, folder: Path) -> None:
+    """Puts what lies in the target and is nobody's of a checkpoint into the folder that takes its place."""
+    if not is_checkpoint(target):
+        return
+    for path in sorted(target.iterdir()):
+        if RESERVED_NAME.fullmatch(path.name) or (folder / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, folder / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, folder / path.name, follow_symlinks=False)
 
 
 def _check_arguments(tensors: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
@@ -129,6 +169,13 @@ def _shards(tensors: Mapping[str, Tensor], max_shard_nbytes: int) -> list[dict[s
     return shards
 
 
+def weights_file(tensors: Mapping[str, Tensor], max_shard_nbytes: int) -> str:
+    """The file of a checkpoint that holds all tensors, or, with several, the one that says which file holds which."""
+    return (
+        f"{SHARD_STEM}.safetensors" if len(_shards(tensors, max_shard_nbytes)) == 1 else INDEX_NAME
+    )
+
+
 def _write_files(
     folder: Path,
     tensors: Mapping[str, Tensor],
@@ -139,9 +186,9 @@ def _write_files(
     manifest: dict[str, dict] = {}
     shards = _shards(tensors, max_shard_nbytes)
     count = len(shards)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = [f"{SHARD_STEM}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     if count == 1:
-        names = ["model.safetensors"]
+        names = [f"{SHARD_STEM}.safetensors"]
     small = dict(files)
     if count > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcext.codec import decode, payload_info, verify_payload
 from dcext.errors import FormatError
 from dcext.nn.device import IndexedWeight, Resting, made_once, rest_on
+from dcext.nn.views import MatrixView
 from dcext.runtime.host_stream import StreamedWeight
 from dcext.runtime.origin import Origin, to_weight_memory
 
@@ -42,6 +43,7 @@ class CompressedModule(Resting):
     Attributes:
         payload: 1-D uint8, the coded ``qweight``; never modified in place, so modules may share one. Mapped memory where
             the weights stay in a file (``dcext.offload``).
+        is_hidden: whether the state dict leaves the module out, as while a loader that does not know it fills the others.
         origin: where the payload comes from, or None if not from a file.
         row_scale: ``(out_features,)`` float32; may be given as ``(1,)`` where all rows share one.
         col_scale: ``(in_features,)`` float32, or None; likewise.
@@ -51,15 +53,24 @@ class CompressedModule(Resting):
     row_scale: Tensor
     col_scale: Tensor | None
     _compute_dtype: Tensor
+    activations: str = "none"
+    is_hidden: bool = False
     origin: Origin | None = None
     _is_in_file: bool = False
+    _weight_shape: torch.Size | None = None
+    _is_transposed: bool = False
 
     def __init__(
         self, payload: Tensor, row_scale: Tensor, col_scale: Tensor | None, dtype: torch.dtype
     ) -> None:
-        super().__init__()
-        info = payload_info(payload)
-        self._describe(info)
+        nn.Module.__init__(self)  # not that of the float layer, which makes a weight
+        self._take_matrix(payload, row_scale, col_scale, dtype)
+
+    def _take_matrix(
+        self, payload: Tensor, row_scale: Tensor, col_scale: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        """Takes over an encoded matrix; all else of the module stays as it is."""
+        self._describe(payload_info(payload))
         self.register_buffer("payload", payload)
         self.register_buffer("row_scale", self._checked("row_scale", row_scale, self.shape[0]))
         col_scale = (
@@ -67,7 +78,8 @@ class CompressedModule(Resting):
         )
         self.register_buffer("col_scale", col_scale)
         # Empty; follows .to(dtype), .half() .. as a weight would, and tells what to compute in.
-        self.register_buffer("_compute_dtype", torch.empty(0, dtype=dtype), persistent=False)
+        empty = torch.empty(0, dtype=dtype, device=self.row_scale.device)
+        self.register_buffer("_compute_dtype", empty, persistent=False)
 
     def _describe(self, info: Mapping[str, Any]) -> None:
         self.shape = info["shape"]
@@ -150,6 +162,53 @@ class CompressedModule(Resting):
     def dtype(self) -> torch.dtype:
         """The floating-point dtype that the module computes in, as a float module's ``weight.dtype``."""
         return self._compute_dtype.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights as a read-only tensor of the float layer's shape; decoded whenever its values are used.
+
+        Where a compiler traces the module, an operator that decodes: one of which only shape or dtype is used is dropped.
+        """
+        if torch.compiler.is_compiling():
+            matrix = self.dequantize()
+            matrix = matrix.t() if self._is_transposed else matrix
+            return matrix if self._weight_shape is None else matrix.reshape(self._weight_shape)
+        return MatrixView.of(self, self._weight_shape, transposed=self._is_transposed)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._refuse_weight(value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As every module's, but for ``weight``, which is there and read-only.
+
+        Raises:
+            AttributeError: ``name`` is ``"weight"``.
+        """
+        if name == "weight":
+            self._refuse_weight(param)
+            return
+        super().register_parameter(name, param)
+
+    def _refuse_weight(self, value: Any) -> None:
+        # Tying it to a weight that it shares already changes nothing.
+        if isinstance(value, MatrixView) and getattr(value.module, "payload", None) is self.payload:
+            return
+        raise AttributeError(
+            f"{type(self).__name__}: weight: compressed and read-only; expected a new module for other weights "
+            "(dcext.DCLinear.from_float), got an assignment"
+        )
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``x @ matrix.T`` without bias, whatever the module does with its matrix.
+
+        Args:
+            x: ``(..., shape[1])``.
+
+        Returns:
+            ``(..., shape[0])``, dtype of ``x``.
+        """
+        return nn.functional.linear(x, self.dequantize().to(x.dtype))
 
     @property
     def num_weights(self) -> int:
@@ -247,6 +306,12 @@ class CompressedModule(Resting):
         state["origin"] = None
         return state
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if not self.is_hidden:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -287,3 +352,8 @@ class CompressedModule(Resting):
         place = "host" if self.travels_with is not None else place
         tier = f"{place}/{self.codec}"
         return f"{self.bits_per_weight:.2f} bits/weight, ratio={self.ratio:.2f}, tier={tier}, dtype={self.dtype}"
+
+
+def compressed_modules(model: nn.Module) -> dict[str, CompressedModule]:
+    """All compressed modules of a model, by name; modules that share a payload all appear."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, CompressedModule)}

@@ -12,12 +12,18 @@ from dcext.quantize import quantize_absmax
 from dcext.runtime.host_stream import StreamedWeight
 
 
-class DCEmbedding(CompressedModule):
-    """Drop-in for a frozen ``nn.Embedding``: looks rows up, decoding each panel that is touched once per call.
+class DCEmbedding(CompressedModule, nn.Embedding):
+    """A frozen ``nn.Embedding``: looks rows up, decoding each panel that is touched once per call.
 
     On a GPU its rows rest as plain INT8, since frames are decoded by the 128 KiB and a token needs one row.
-    ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` concern training and do not exist here.
+    ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` concern training: they keep the values that do nothing.
     """
+
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    scale_grad_by_freq: bool = False
+    sparse: bool = False
+    _rows: Tensor | None = None
 
     def __init__(
         self,
@@ -38,7 +44,6 @@ class DCEmbedding(CompressedModule):
         """
         super().__init__(payload, row_scale, col_scale, dtype)
         self.padding_idx = padding_idx
-        self._rows: Tensor | None = None
 
     def _rest_on(self, device: torch.device) -> None:
         # What is not read there stays on the host: the payload, unless the rows lie in it.
@@ -79,12 +84,12 @@ class DCEmbedding(CompressedModule):
         return 0 if self._rows is None or is_in_payload else self._rows.nbytes
 
     @property
-    def num_embeddings(self) -> int:
+    def num_embeddings(self) -> int:  # type: ignore[override]
         """Rows."""
         return self.shape[0]
 
     @property
-    def embedding_dim(self) -> int:
+    def embedding_dim(self) -> int:  # type: ignore[override]
         """Columns."""
         return self.shape[1]
 
@@ -100,6 +105,10 @@ class DCEmbedding(CompressedModule):
         Raises:
             IndexError: an index outside [0, num_embeddings).
         """
+        return self.lookup(indices)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """``forward``, also where a subclass of ``nn.Embedding`` does more there."""
         if self._rows is not None:
             rows = self._rows[indices].float() * self.row_scale[indices][..., None]
             return (rows if self.col_scale is None else rows * self.col_scale).to(self.dtype)
@@ -117,6 +126,13 @@ class DCEmbedding(CompressedModule):
         return torch.ops.dcext.embedding(
             indices, self.payload, self.row_scale, self.col_scale, self.embedding_dim, self.dtype
         )
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``x @ matrix.T`` with float activations, as tied output layers compute it."""
+        if self.resting is not None or x.device.type != "cpu":
+            return super().multiply(x)
+        scales = (self.row_scale, self.col_scale)
+        return torch.ops.dcext.linear(x, self.payload, *scales, None, "none")
 
     def extra_repr(self) -> str:
         """As ``nn.Embedding``'s, then how the rows are stored."""

@@ -29,8 +29,8 @@ def _plus_outliers(y: Tensor, x: Tensor, index: Tensor | None, weight: Tensor | 
     return y + (columns @ weight.float().t()).to(y.dtype)
 
 
-class DCLinear(CompressedModule):
-    """Drop-in for a frozen ``nn.Linear``: ``y = row_scale * (qweight @ (x * col_scale)) + bias``.
+class DCLinear(CompressedModule, nn.Linear):
+    """A frozen ``nn.Linear``: ``y = row_scale * (qweight @ (x * col_scale)) + bias``.
 
     A few columns whose weights do not fit in int8 may be kept in bfloat16 beside the payload, which has zeros there;
     their products, ``outlier_weight @ x[outlier_index]``, are float32 sums added to the output.
@@ -46,7 +46,7 @@ class DCLinear(CompressedModule):
     Make one with ``from_float`` or ``from_qweight``.
     """
 
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]
     outlier_index: Tensor | None
     outlier_weight: Tensor | None
 
@@ -75,11 +75,18 @@ class DCLinear(CompressedModule):
             FormatError: the payload's header or chunk table is corrupt.
         """
         super().__init__(payload, row_scale, col_scale, dtype)
+        self._take_others(bias, activations, outliers)
+
+    def _take_others(
+        self, bias: Tensor | None, activations: str, outliers: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """What comes beside the matrix, as for ``__init__``."""
         if activations not in ACTIVATIONS:
             raise ValueError(
                 f"DCLinear: activations: expected one of {ACTIVATIONS}, got {activations!r}"
             )
         self.activations = activations
+        self._parameters.pop("bias", None)
         bias = None if bias is None else self._checked("bias", bias, self.shape[0])
         self.register_buffer("bias", bias)
         index, weight = (None, None) if outliers is None else self._checked_outliers(*outliers)
@@ -161,12 +168,12 @@ class DCLinear(CompressedModule):
         )
 
     @property
-    def in_features(self) -> int:
+    def in_features(self) -> int:  # type: ignore[override]
         """Columns of ``qweight``."""
         return self.shape[1]
 
     @property
-    def out_features(self) -> int:
+    def out_features(self) -> int:  # type: ignore[override]
         """Rows of ``qweight``."""
         return self.shape[0]
 
@@ -180,19 +187,25 @@ class DCLinear(CompressedModule):
         Returns:
             ``(..., out_features)``, dtype of ``x``. A token with NaN or infinity gives NaN (W8A8).
         """
+        # Looking buffers up as attributes takes as long as a small layer's product.
+        return self._product(x, self._buffers["bias"])
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``forward`` without the bias."""
+        return self._product(x, None)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.resting
         if weight is not None:
-            return self._forward_resting(x, weight)
-        # Looking buffers up as attributes takes as long as a small layer's product.
+            return self._product_resting(x, bias, weight)
         own = self._buffers
-        scales = (own["row_scale"], own["col_scale"])
-        y = _linear(x, own["payload"], *scales, own["bias"], self.activations)
+        y = _linear(x, own["payload"], own["row_scale"], own["col_scale"], bias, self.activations)
         return _plus_outliers(y, x, own["outlier_index"], own["outlier_weight"])
 
-    def _forward_resting(
-        self, x: Tensor, weight: IndexedWeight | PackedWeight | StreamedWeight
+    def _product_resting(
+        self, x: Tensor, bias: Tensor | None, weight: IndexedWeight | PackedWeight | StreamedWeight
     ) -> Tensor:
-        scales = (self.row_scale, self.col_scale, self.bias)
+        scales = (self.row_scale, self.col_scale, bias)
         index, columns = self.outlier_index, self.outlier_weight
         if isinstance(weight, StreamedWeight):
             y = _linear_streamed(x, weight.handle, weight.unit, *scales, self.activations)

@@ -6,6 +6,26 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+EXCLUDED = "excluded by the caller"
+VECTOR = "vectors: norms, biases, scales"
+
+
+@dataclass(frozen=True)
+class LeftFloat:
+    """A parameter that was not compressed.
+
+    Attributes:
+        name: in the model.
+        weights: number of its elements.
+        nbytes: bytes of them.
+        reason: why it was not.
+    """
+
+    name: str
+    weights: int
+    nbytes: int
+    reason: str
+
 
 @dataclass
 class LayerReport:
@@ -69,11 +89,60 @@ class CompressionReport:
         layers: in the order in which they were compressed.
         target_bits: stored bits per weight that recipes ``rate`` and ``data-free`` were to reach over their layers.
         alphas: recipe ``paper``: every alpha that was tried, with the model's bits and output error (dB).
+        left: parameters that stay float, each with the reason.
+        config: the settings, as ``CompressionConfig.to_dict`` gives them.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     target_bits: float | None = None
     alphas: list[dict[str, float]] = field(default_factory=list)
+    left: list[LeftFloat] = field(default_factory=list)
+    config: dict[str, Any] | None = None
+
+    @property
+    def compressed_weights(self) -> int:
+        """Weights that are compressed; those that several modules share count once."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def total_weights(self) -> int:
+        """All weights of the model, biases of compressed layers left out."""
+        return self.compressed_weights + sum(left.weights for left in self.left)
+
+    @property
+    def coverage(self) -> float:
+        """Compressed weights over all; 1 for a model without weights."""
+        return self.compressed_weights / self.total_weights if self.total_weights else 1.0
+
+    @property
+    def matrix_coverage(self) -> float:
+        """The same without vectors, and without what the caller excluded."""
+        meant = sum(left.weights for left in self.left if left.reason not in (VECTOR, EXCLUDED))
+        total = self.compressed_weights + meant
+        return self.compressed_weights / total if total else 1.0
+
+    def left_by_reason(self) -> dict[str, int]:
+        """Weights that stay float, by the reason, most first."""
+        totals: dict[str, int] = {}
+        for left in self.left:
+            totals[left.reason] = totals.get(left.reason, 0) + left.weights
+        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+    def describe_coverage(self) -> str:
+        """One line for people: how much is compressed, and by reason what is not."""
+        text = (
+            f"{self.compressed_weights:,} of {self.total_weights:,} weights compressed "
+            f"({100 * self.coverage:.1f} %)"
+        )
+        parts = [f"{weights:,} {reason}" for reason, weights in self.left_by_reason().items()]
+        return text + (f"; float: {'; '.join(parts)}" if parts else "")
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        """Bits per weight of the whole model, what stays float included; 0 for a model without weights."""
+        nbytes = sum(layer.stored_nbytes for layer in self.layers)
+        nbytes += sum(left.nbytes for left in self.left)
+        return 8 * nbytes / self.total_weights if self.total_weights else 0.0
 
     def bits_per_weight(self, recipe: str | None = None) -> float:
         """Stored bits per weight over all layers, or over those of one recipe; 0 where there are none."""
@@ -97,9 +166,14 @@ class CompressionReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
+            "config": self.config,
             "target_bits": self.target_bits,
             "waterfilling_gap_bits": self.waterfilling_gap_bits,
             "alphas": self.alphas,
+            "compressed_weights": self.compressed_weights,
+            "total_weights": self.total_weights,
+            "model_bits_per_weight": self.model_bits_per_weight,
+            "left": [asdict(left) for left in self.left],
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -110,7 +184,8 @@ class CompressionReport:
         for row in value["layers"]:
             fields = {key: item for key, item in row.items() if key != "bits_per_weight"}
             layers.append(LayerReport(**{**fields, "shape": tuple(fields["shape"])}))
-        return cls(layers, value["target_bits"], value["alphas"])
+        left = [LeftFloat(**row) for row in value.get("left", [])]
+        return cls(layers, value["target_bits"], value["alphas"], left, value.get("config"))
 
 
 def _weighted(pairs: Iterable[tuple[float, int]]) -> float | None:

@@ -1,0 +1,237 @@
+"""What of a model can be compressed, what cannot, and why."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.utils import parametrize, prune, remove_weight_norm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from dcext.nn.compressed import CompressedModule
+from dcext.nn.matrix import kind_of
+from dcext.nn.split import ITEMS_SUFFIX, Split, split_, split_of, splits_of
+from dcext.quantize.report import EXCLUDED, VECTOR, LeftFloat
+
+FilterFn = Callable[[str, nn.Module], bool]
+SMALLEST_NBYTES = 512  # of a float matrix: with header and scales it would hardly get smaller
+MOST_ROUTED = 1024  # experts; a larger matrix is no router, whatever its name
+
+ROUTER = "a router: its errors would send tokens to other experts"
+SMALL = f"a matrix below {SMALLEST_NBYTES} bytes"
+NARROW = "a convolution in groups of few channels"
+RENORMALIZED = "an embedding that renormalizes its rows (max_norm)"
+RECURRENT = "a recurrent network, which keeps its weights flat"
+ADAPTER = "an adapter that is being trained"
+TIED = "tied to a parameter that is not compressed"
+BARE = "a parameter that is too small or no matrix"
+
+
+@dataclass
+class Found:
+    """The outcome of a search.
+
+    Attributes:
+        modules: what can be compressed, by name, in the model's order.
+        reasons: why a module's ``weight`` cannot, or a parameter, by name.
+    """
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def prepare_(model: nn.Module, passes: FilterFn) -> None:
+    """Gives a model the form in which all its matrices are layers: in place, outputs stay the same.
+
+    - Masks of ``torch.nn.utils.prune``, weight norms and other parametrizations of layers become part of the weight.
+    - Stacks of expert weights, and large matrices that a module uses itself, become layers (``dcext.nn.split``).
+
+    Args:
+        model: any.
+        passes: called with the name of a layer, or of a parameter, and its module; False leaves it as it is.
+    """
+    shared = Counter(
+        id(p) for m in model.modules() for p in m._parameters.values() if p is not None
+    )
+    for name, module in list(model.named_modules()):
+        if kind_of(module) is not None and passes(name, module):
+            bake_(module)
+    for name, module in list(model.named_modules()):
+        if kind_of(module) is not None:
+            continue
+        if _keeps_parameters(module) or _is_router(name, module, model):
+            continue
+        splits = {
+            attribute: split
+            for attribute, split in splits_of(module).items()
+            if shared[id(module._parameters[attribute])] == 1
+            and passes(f"{name}.{attribute}".lstrip("."), module)
+        }
+        if splits:
+            split_(module, splits)
+
+
+def bake_(module: nn.Module) -> None:
+    """Makes what computes a layer's weight from other parameters, masks or norms part of the weight itself."""
+    if parametrize.is_parametrized(module, "weight"):
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        for key, left in list(module._load_state_dict_pre_hooks.items()):
+            hook = getattr(left, "hook", left)
+            if "_weight_norm_compat_hook" in getattr(hook, "__qualname__", ""):  # stays behind
+                del module._load_state_dict_pre_hooks[key]
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == "weight":
+            prune.remove(module, "weight")
+        elif isinstance(hook, WeightNorm) and hook.name == "weight":
+            remove_weight_norm(module, "weight")
+
+
+def _keeps_parameters(module: nn.Module) -> bool:
+    """Whether a module reads its parameters in ways that no view can serve, or has none worth it."""
+    if isinstance(module, (nn.RNNBase, nn.ParameterList, nn.ParameterDict, CompressedModule)):
+        return True
+    return "Norm" in type(module).__name__ or type(module).__module__.startswith("peft.")
+
+
+def find_matrices(model: nn.Module, passes: FilterFn) -> Found:
+    """All layers of a prepared model that can be compressed: linear layers, convolutions, embeddings and subclasses.
+
+    Args:
+        model: after ``prepare_``.
+        passes: as for ``prepare_``.
+    """
+    found = Found()
+    for name, module in model.named_modules():
+        if kind_of(module) is None or isinstance(module, CompressedModule):
+            continue
+        reason = (
+            EXCLUDED
+            if not passes(_name_for_filter(name), module)
+            else _obstacle(name, module, model)
+        )
+        if reason is None:
+            found.modules[name] = module
+        else:
+            found.reasons[f"{name}.weight"] = reason
+    return found
+
+
+def _name_for_filter(name: str) -> str:
+    """The name of the parameter that a layer was made from, where it was."""
+    return re.sub(rf"{ITEMS_SUFFIX}\.\d+$", "", name)
+
+
+def _obstacle(name: str, module: nn.Module, model: nn.Module) -> str | None:
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() < 2 or not weight.is_floating_point():
+        return BARE
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return RENORMALIZED
+    if _is_adapter(name, model):
+        return ADAPTER
+    if _is_router(name, module, model):
+        return ROUTER
+    if getattr(module, "groups", 1) > 1 and weight[0].numel() < 64:
+        return NARROW
+    return SMALL if weight.numel() * weight.element_size() < SMALLEST_NBYTES else None
+
+
+def _ancestors(name: str, model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a module lies in, from the inside out, without the model."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield model.get_submodule(name)
+
+
+def _is_router(name: str, module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module, or one that it lies in, chooses experts; by its name, as the models of transformers have them."""
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.shape[0] > MOST_ROUTED:
+        return False
+    above = list(_ancestors(name, model))
+    if any(re.search("Router|TopKGat|NoisyGate", type(m).__name__) for m in [module, *above[:1]]):
+        return True
+    is_gate = name.rpartition(".")[2] in ("gate", "router", "wg")
+    parent = above[0] if above else model
+    return is_gate and any("expert" in child for child in parent._modules)
+
+
+def _is_adapter(name: str, model: nn.Module) -> bool:
+    """Whether a module belongs to an adapter of PEFT: it lies in a tuned layer, and is not what that one wraps."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return False
+    inner = name
+    for ancestor in _ancestors(name, model):
+        if isinstance(ancestor, tuners.BaseTunerLayer):
+            return ancestor.get_base_layer() is not model.get_submodule(inner)
+        inner = inner.rpartition(".")[0]
+    return False
+
+
+def left_float(model: nn.Module, reasons: dict[str, str]) -> list[LeftFloat]:
+    """Every parameter that a model still has after compression, and why; parameters that share memory count once.
+
+    Args:
+        model: after compression.
+        reasons: from ``find_matrices``.
+    """
+    left = []
+    for name, parameter in model.named_parameters():
+        reason = reasons.get(name)
+        if reason is None:
+            reason = _reason_of_parameter(name, parameter, model)
+        left.append(LeftFloat(name, parameter.numel(), parameter.nbytes, reason))
+    return left
+
+
+def _reason_of_parameter(name: str, parameter: nn.Parameter, model: nn.Module) -> str:
+    sides = [size for size in parameter.shape if size > 1]
+    if len(sides) < 2 or name.endswith("bias"):
+        return VECTOR
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, nn.RNNBase):
+        return RECURRENT
+    if "Norm" in type(module).__name__:
+        return VECTOR
+    return ROUTER if _is_router(name.rpartition(".")[0], module, model) else BARE
+
+
+def splits_in(model: nn.Module) -> dict[str, dict[str, Split]]:
+    """Which parameters of a model became layers: by module, by attribute."""
+    return {name: split for name, m in model.named_modules() for split in [split_of(m)] if split}
+
+
+def make_filter(filter_fn: FilterFn | None, include: str | None, exclude: str | None) -> FilterFn:
+    """One filter of three.
+
+    Args:
+        filter_fn: as for ``compress_``, or None.
+        include: a regular expression; only names in which it is found pass. None for all.
+        exclude: a regular expression; names in which it is found do not pass.
+
+    Raises:
+        ValueError: not a regular expression.
+    """
+    patterns = {}
+    for option, pattern in (("include", include), ("exclude", exclude)):
+        try:
+            patterns[option] = None if pattern is None else re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{option}: expected a regular expression, got {pattern!r}: {error}"
+            ) from None
+    wanted, unwanted = patterns["include"], patterns["exclude"]
+
+    def passes(name: str, module: nn.Module) -> bool:
+        if wanted is not None and wanted.search(name) is None:
+            return False
+        if unwanted is not None and unwanted.search(name) is not None:
+            return False
+        return filter_fn is None or filter_fn(name, module)
+
+    return passes

@@ -1,0 +1,1 @@
+"""dcext inside other libraries."""

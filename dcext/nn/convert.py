@@ -1,0 +1,122 @@
+"""Float layers turned into compressed ones in place: the module stays the same object, its class changes."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+
+from torch import Tensor, nn
+
+from dcext.codec import payload_info
+from dcext.nn.compressed import CompressedModule
+from dcext.nn.convolution import DCConvolution
+from dcext.nn.derived import make_class
+from dcext.nn.embedding import DCEmbedding
+from dcext.nn.linear import DCLinear
+from dcext.nn.matrix import kind_of
+
+
+def compress_module_(
+    module: nn.Module,
+    payload: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    activations: str = "int8",
+    outliers: tuple[Tensor, Tensor] | None = None,
+) -> CompressedModule:
+    """Replaces the weight of a float layer by an encoded matrix.
+
+    Names, hooks, buffers, the ``training`` flag and whatever else the module has stay; so does the behaviour that a
+    subclass of ``nn.Linear``, ``nn.Embedding`` or a convolution adds.
+
+    Args:
+        module: of a ``MatrixKind`` (``dcext.nn.matrix``), with a float ``weight``, possibly on the meta device.
+        payload: 1-D uint8, of the module's matrix. Not copied.
+        row_scale: ``(out_features,)``, or ``(1,)`` for all rows.
+        col_scale: ``(in_features,)`` or None.
+        bias: of a linear layer, ``(out_features,)`` or None; convolutions keep the parameter that they have.
+        activations: ``"int8"`` or ``"none"``; of linear layers.
+        outliers: of linear layers, see ``DCLinear``.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: shapes do not fit, or an embedding renormalizes rows (``max_norm``).
+    """
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise ValueError(f"compress: max_norm: expected None, got {module.max_norm}")
+    weight = module._parameters["weight"]
+    matrix_kind = kind_of(module)
+    assert weight is not None
+    assert matrix_kind is not None
+    expected, found = tuple(matrix_kind.to_matrix(weight).shape), payload_info(payload)["shape"]
+    if found != expected:
+        raise ValueError(
+            f"compress: payload: expected a matrix of shape {expected}, got one of {found}"
+        )
+    kind = compressed_class(type(module))  # type: ignore[arg-type]
+    del module._parameters["weight"]
+    shape, dtype = weight.shape, weight.dtype
+    module.__class__ = kind
+    assert isinstance(module, CompressedModule)
+    module._take_matrix(payload, row_scale, col_scale, dtype)
+    if isinstance(module, DCLinear):
+        module._take_others(bias, activations, outliers)
+    if tuple(shape) != module.shape:
+        module._weight_shape = shape
+    # transformers initializes what it believes not to be loaded.
+    module._is_hf_initialized = True  # type: ignore[assignment]
+    return module
+
+
+@cache
+def compressed_class(float_class: type[nn.Module]) -> type[CompressedModule]:
+    """The class of the compressed form of a class of layers.
+
+    ``DCLinear`` and ``DCEmbedding`` for torch's own. Of a subclass, a class derived from both: what it adds to
+    ``forward`` runs, and what it calls by ``super().forward`` is the compressed layer's.
+
+    Raises:
+        TypeError: its instances hold no matrix of a known meaning.
+    """
+    for base in float_class.__mro__:
+        compressed = _compressed_base(base)
+        if compressed is not None:
+            break
+    else:
+        raise TypeError(
+            f"compress: expected a subclass of a linear layer, a convolution or an embedding, got {float_class.__name__}"
+        )
+    if base is float_class:
+        return compressed
+    bases = (float_class, compressed)
+    return make_class(f"DC{float_class.__name__}", bases, {}, compressed_class, float_class)  # type: ignore[return-value]
+
+
+def _compressed_base(base: type) -> type[CompressedModule] | None:
+    """The compressed form of a class that ``dcext.nn.matrix`` knows; None of others."""
+    if base is nn.Linear:
+        return DCLinear
+    if base is nn.Embedding:
+        return DCEmbedding
+    if base.__module__ == "torch.nn.modules.conv" and issubclass(base, _CONVOLUTIONS):
+        bases = (DCConvolution, base)
+        return make_class(f"DC{base.__name__}", bases, {}, compressed_class, base)  # type: ignore[return-value]
+    transposed = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if base is transposed:
+        members = {"_is_transposed": True, "__repr__": nn.Module.__repr__}
+        return make_class("DCConv1D", (DCLinear, base), members, compressed_class, base)  # type: ignore[return-value]
+    return None
+
+
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
