@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -108,6 +109,11 @@ def compress_(
     report.left = left_float(model, found.reasons)
     report.config = config.to_dict()
     setattr(model, REPORT_ATTRIBUTE, report)
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        from dcext.integrations.hf import mark_compressed  # transformers is here already
+
+        mark_compressed(model, config)
     if report.matrix_coverage < LEAST_COVERAGE:
         warnings.warn(f"compress_: {report.describe_coverage()}", stacklevel=2)
     if resume is not None:

@@ -23,9 +23,9 @@ MOST_ROUTED = 1024  # experts; a larger matrix is no router, whatever its name
 
 ROUTER = "a router: its errors would send tokens to other experts"
 SMALL = f"a matrix below {SMALLEST_NBYTES} bytes"
-NARROW = "a convolution in groups of few channels"
+NARROW = "a convolution with few weights per channel"
+FEWEST_COLUMNS = 8  # of a convolution: a scale per row takes as much as two weights
 RENORMALIZED = "an embedding that renormalizes its rows (max_norm)"
-RECURRENT = "a recurrent network, which keeps its weights flat"
 ADAPTER = "an adapter that is being trained"
 TIED = "tied to a parameter that is not compressed"
 BARE = "a parameter that is too small or no matrix"
@@ -58,10 +58,11 @@ def prepare_(model: nn.Module, passes: FilterFn) -> None:
         id(p) for m in model.modules() for p in m._parameters.values() if p is not None
     )
     for name, module in list(model.named_modules()):
-        if kind_of(module) is not None and passes(name, module):
+        is_layer = kind_of(module) is not None and passes(name, module)
+        if is_layer and _obstacle(name, module, model) is None:
             bake_(module)
     for name, module in list(model.named_modules()):
-        if kind_of(module) is not None:
+        if kind_of(module) is not None or ".parametrizations." in name:
             continue
         if _keeps_parameters(module) or _is_router(name, module, model):
             continue
@@ -92,7 +93,7 @@ def bake_(module: nn.Module) -> None:
 
 def _keeps_parameters(module: nn.Module) -> bool:
     """Whether a module reads its parameters in ways that no view can serve, or has none worth it."""
-    if isinstance(module, (nn.RNNBase, nn.ParameterList, nn.ParameterDict, CompressedModule)):
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict, CompressedModule)):
         return True
     return "Norm" in type(module).__name__ or type(module).__module__.startswith("peft.")
 
@@ -126,7 +127,7 @@ def _name_for_filter(name: str) -> str:
 
 
 def _obstacle(name: str, module: nn.Module, model: nn.Module) -> str | None:
-    weight = module._parameters.get("weight")
+    weight = getattr(module, "weight", None)  # or what a parametrization computes
     if weight is None or weight.dim() < 2 or not weight.is_floating_point():
         return BARE
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -135,7 +136,7 @@ def _obstacle(name: str, module: nn.Module, model: nn.Module) -> str | None:
         return ADAPTER
     if _is_router(name, module, model):
         return ROUTER
-    if getattr(module, "groups", 1) > 1 and weight[0].numel() < 64:
+    if getattr(module, "groups", 1) > 1 and weight[0].numel() < FEWEST_COLUMNS:
         return NARROW
     return SMALL if weight.numel() * weight.element_size() < SMALLEST_NBYTES else None
 
@@ -182,6 +183,8 @@ def left_float(model: nn.Module, reasons: dict[str, str]) -> list[LeftFloat]:
     """
     left = []
     for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            continue
         reason = reasons.get(name)
         if reason is None:
             reason = _reason_of_parameter(name, parameter, model)
@@ -194,8 +197,6 @@ def _reason_of_parameter(name: str, parameter: nn.Parameter, model: nn.Module) -
     if len(sides) < 2 or name.endswith("bias"):
         return VECTOR
     module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, nn.RNNBase):
-        return RECURRENT
     if "Norm" in type(module).__name__:
         return VECTOR
     return ROUTER if _is_router(name.rpartition(".")[0], module, model) else BARE

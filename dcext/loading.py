@@ -302,10 +302,14 @@ class Loader:
 
 def forget_ties(model: nn.Module) -> None:
     """Takes compressed layers out of what transformers models tie: they share a payload, and have no weight to tie."""
-    weights = [f"{name}.weight" for name in compressed_modules(model)]
+    gone = []
+    for name, module in compressed_modules(model).items():
+        gone.append(f"{name}.weight")
+        if "bias" in module._buffers:  # no parameter any more
+            gone.append(f"{name}.bias")
     for path, owner in model.named_modules():
         prefix = f"{path}." if path else ""
-        inside = [name.removeprefix(prefix) for name in weights if name.startswith(prefix)]
+        inside = [name.removeprefix(prefix) for name in gone if name.startswith(prefix)]
         for keys in ("_tied_weights_keys", "all_tied_weights_keys"):
             tied = getattr(owner, keys, None)
             if not isinstance(tied, dict) or not inside:

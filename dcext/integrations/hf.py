@@ -200,6 +200,7 @@ class DCQuantizer(HfQuantizer):
             return self._compress(model)
         for module in compressed_modules(model).values():
             module.is_hidden = False
+        model.is_quantized = False  # else .half() and .float() are refused
         model.config.__dict__.pop("transformers_weights", None)
         model._keys_to_ignore_on_load_unexpected = self._known_unexpected
         model._weight_conversions = []
@@ -230,8 +231,7 @@ class DCQuantizer(HfQuantizer):
             include=config.include,
             exclude=config.exclude,
         )
-        model._weight_conversions = []
-        config.stored = describe(model, config.compression.to_dict())
+        model.is_quantized = False
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -276,6 +276,19 @@ def _name_in(model: PreTrainedModel, name: str) -> str | None:
             continue
         return candidate
     return None
+
+
+def mark_compressed(model: Any, config: CompressionConfig) -> None:
+    """Gives a model that was compressed what one that was loaded has, so that both take the same ways."""
+    stored = DCConfig()
+    stored.compression = config
+    stored.stored = describe(model, config.to_dict())
+    model.hf_quantizer = DCQuantizer(stored, pre_quantized=True)
+    model.config.quantization_config = stored
+    model._weight_conversions = []
+    for module in model.modules():
+        if hasattr(module, "config") and hasattr(module, "base_model_prefix"):
+            module.config._is_quantized = True
 
 
 def register() -> None:

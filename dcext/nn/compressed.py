@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from dcext.runtime.traveling import TravelingBlock
 
 _CPU = torch.device("cpu")
+OWN_BUFFERS = (
+    "payload",
+    "row_scale",
+    "col_scale",
+    "bias",
+    "outlier_index",
+    "outlier_weight",
+)
+COMPUTE_DTYPE = "_compute_dtype"
 
 
 def storage_form(scale: Tensor) -> Tensor:
@@ -36,14 +45,15 @@ def stored_scale_nbytes(scale: Tensor) -> int:
 
 
 class CompressedModule(Resting):
-    """A matrix ``diag(row_scale) @ qweight @ diag(col_scale)`` stored as a payload. Frozen: it has no parameters.
+    """A matrix ``diag(row_scale) @ qweight @ diag(col_scale)`` stored as a payload. Frozen: its one parameter is empty.
 
     ``.to("cuda")`` moves it to a GPU as any module, compressed; see ``dcext.nn.device`` for how it rests there.
 
     Attributes:
         payload: 1-D uint8, the coded ``qweight``; never modified in place, so modules may share one. Mapped memory where
             the weights stay in a file (``dcext.offload``).
-        is_hidden: whether the state dict leaves the module out, as while a loader that does not know it fills the others.
+        is_hidden: whether the state dict leaves payload and scales out, as while a loader that does not know them fills
+            what else the model has.
         origin: where the payload comes from, or None if not from a file.
         row_scale: ``(out_features,)`` float32; may be given as ``(1,)`` where all rows share one.
         col_scale: ``(in_features,)`` float32, or None; likewise.
@@ -77,9 +87,17 @@ class CompressedModule(Resting):
             None if col_scale is None else self._checked("col_scale", col_scale, self.shape[1])
         )
         self.register_buffer("col_scale", col_scale)
-        # Empty; follows .to(dtype), .half() .. as a weight would, and tells what to compute in.
+        # Empty; follows .to(dtype), .half() .. as a weight would, and tells what to compute in. A parameter, since much
+        # code asks next(module.parameters()) for dtype and device; no state dict has it.
         empty = torch.empty(0, dtype=dtype, device=self.row_scale.device)
-        self.register_buffer("_compute_dtype", empty, persistent=False)
+        super().register_parameter(COMPUTE_DTYPE, nn.Parameter(empty, requires_grad=False))
+        self._mark_loaded()
+
+    def _mark_loaded(self) -> None:
+        """Tells transformers that nothing of what we have is to be given initial values."""
+        for tensor in (self._parameters[COMPUTE_DTYPE], *map(self._buffers.get, OWN_BUFFERS)):
+            if tensor is not None:
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def _describe(self, info: Mapping[str, Any]) -> None:
         self.shape = info["shape"]
@@ -199,6 +217,10 @@ class CompressedModule(Resting):
             "(dcext.DCLinear.from_float), got an assignment"
         )
 
+    def scale_(self, factor: float) -> None:
+        """Multiplies the weights by a number, in place; modules that share the scales see it too."""
+        self.row_scale.mul_(factor)
+
     def multiply(self, x: Tensor) -> Tensor:
         """``x @ matrix.T`` without bias, whatever the module does with its matrix.
 
@@ -309,8 +331,11 @@ class CompressedModule(Resting):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        if not self.is_hidden:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + COMPUTE_DTYPE]
+        for leaf in OWN_BUFFERS:
+            if self.is_hidden and leaf in self._buffers:
+                destination.pop(prefix + leaf, None)
 
     def _load_from_state_dict(
         self,
@@ -342,6 +367,7 @@ class CompressedModule(Resting):
             except (FormatError, TypeError, ValueError) as error:
                 error_msgs.append(f"{key}: {error}")
             state_dict = {**state_dict, key: self.payload}
+        state_dict = {**state_dict, prefix + COMPUTE_DTYPE: self._compute_dtype}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -67,8 +67,6 @@ def compress_module_(
         module._take_others(bias, activations, outliers)
     if tuple(shape) != module.shape:
         module._weight_shape = shape
-    # transformers initializes what it believes not to be loaded.
-    module._is_hf_initialized = True  # type: ignore[assignment]
     return module
 
 

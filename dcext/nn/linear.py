@@ -92,6 +92,7 @@ class DCLinear(CompressedModule, nn.Linear):
         index, weight = (None, None) if outliers is None else self._checked_outliers(*outliers)
         self.register_buffer("outlier_index", index)
         self.register_buffer("outlier_weight", weight)
+        self._mark_loaded()
 
     def _checked_outliers(self, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         expected = (self.shape[0], index.numel())

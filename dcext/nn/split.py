@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dcext.nn.derived import make_class
-from dcext.nn.views import IS_ITEM, MatrixView, StackView
+from dcext.nn.views import IS_ITEM, MatrixView, StackView, WeightView
 
 ITEMS_SUFFIX = "_items"
 FEWEST_WEIGHTS = (
@@ -95,7 +95,7 @@ def split_(module: nn.Module, splits: Mapping[str, Split]) -> None:
         ValueError: no such parameter, or one whose size the count does not divide.
     """
     attributes = {}
-    for attribute, split in splits.items():
+    for attribute, split in sorted(splits.items()):  # an order that a file can tell
         parameter = module._parameters.get(attribute)
         if parameter is None:
             raise ValueError(
@@ -103,8 +103,10 @@ def split_(module: nn.Module, splits: Mapping[str, Split]) -> None:
             )
         attributes[attribute] = (parameter.shape, split.transposed, split.count is not None)
         items = nn.ModuleList(_layer(matrix) for matrix in _matrices(attribute, parameter, split))
+        items.train(module.training)
         del module._parameters[attribute]
         module._modules[attribute + ITEMS_SUFFIX] = items
+    module.__dict__.pop("_flat_weights", None)  # of a recurrent network, which would keep them
     module.__class__ = _split_class(type(module), tuple(sorted(attributes)))  # type: ignore[arg-type]
     module.__dict__[SHAPES] = attributes
 
@@ -149,6 +151,12 @@ def _view(module: nn.Module, attribute: str) -> Tensor:
     return MatrixView.of(items[0], shape, transposed=False)
 
 
+def _flat_weights(self: nn.Module) -> list[Tensor]:
+    """What a recurrent network of torch multiplies with: plain tensors, decoded for each call."""
+    tensors = [getattr(self, name) for name in cast(list[str], self._flat_weights_names)]
+    return [tensor.values() if isinstance(tensor, WeightView) else tensor for tensor in tensors]
+
+
 @cache
 def _split_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
     # use_experts_implementation of transformers chooses among implementations, of which some use whole stacks at once;
@@ -160,6 +168,8 @@ def _split_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.
         return own_forward(self, *args, **kwargs)
 
     members: dict[str, Any] = {"forward": forward}
+    if issubclass(base, nn.RNNBase):
+        members["_flat_weights"] = property(_flat_weights, lambda self, value: None)
     for attribute in attributes:
         members[attribute] = property(lambda self, attribute=attribute: _view(self, attribute))  # type: ignore[misc]
     return make_class(base.__name__, (base,), members, _split_class, base, attributes)

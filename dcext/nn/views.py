@@ -19,6 +19,7 @@ _TRANSPOSITIONS = {
     Tensor.mT.__get__,  # type: ignore[attr-defined]
 }
 _PRODUCTS = {Tensor.matmul, torch.matmul, Tensor.__matmul__, Tensor.mm, torch.mm}
+_SCALINGS = (torch.ops.aten.mul_.Tensor, torch.ops.aten.div_.Tensor)
 _REFUSED = {
     Tensor.requires_grad_: "requires_grad_",
     Tensor.requires_grad.__set__: "requires_grad",  # type: ignore[attr-defined]
@@ -29,9 +30,12 @@ _REFUSED = {
 class WeightView(Tensor):
     """A tensor that stands for the weights of frozen modules; every use of its values decodes them anew.
 
-    Read-only: writing to it, or asking it for gradients, raises ``RuntimeError``. Results of operators are ordinary
+    Read-only, but for being multiplied or divided by a number in place: all other writing to it, or asking it for
+    gradients, raises ``RuntimeError``. Results of operators are ordinary
     tensors, but for ``detach`` and transposition, which give another view.
     """
+
+    _is_hf_initialized = True  # what transformers asks before it draws initial values
 
     @classmethod
     def __torch_function__(
@@ -63,6 +67,13 @@ class WeightView(Tensor):
         kwargs = kwargs or {}
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0].another()
+        if (
+            func in _SCALINGS
+            and isinstance(args[0], MatrixView)
+            and isinstance(args[1], (int, float))
+        ):
+            args[0].module.scale_(args[1] if func is torch.ops.aten.mul_.Tensor else 1 / args[1])  # type: ignore[operator]
+            return args[0]
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and isinstance(value, WeightView):
                 raise RuntimeError(
