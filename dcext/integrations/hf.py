@@ -291,8 +291,6 @@ def mark_compressed(model: Any, config: CompressionConfig) -> None:
             module.config._is_quantized = True
 
 
-def register() -> None:
-    """Tells transformers of ``DCConfig`` and ``DCQuantizer``."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(DCConfig)
-        register_quantizer(QUANT_METHOD)(DCQuantizer)
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(QUANT_METHOD)(DCConfig)
+    register_quantizer(QUANT_METHOD)(DCQuantizer)

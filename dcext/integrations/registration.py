@@ -14,9 +14,7 @@ from types import ModuleType
 
 
 def _add_method(module: ModuleType) -> None:
-    from dcext.integrations import hf
-
-    hf.register()
+    from dcext.integrations import hf  # noqa: F401  (registers when it is imported)
 
 
 def _replace_saving(module: ModuleType) -> None:
