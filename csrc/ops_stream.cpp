@@ -75,6 +75,7 @@ HostStream::HostStream(const std::vector<std::string>& paths, const std::vector<
                                             source.payload.numel(), &layer->head));
     ReadSource* file = files_[source.file].get();
     layer->offset = source.offset;
+    layer->formats = std::make_unique<FormatChecks>(whole.layout().num_chunks());
     if (source.unit >= 0) {
       layer->verified = std::make_unique<VerifiedPayload>(*file, layer->head, source.offset);
       file = layer->verified.get();
@@ -172,7 +173,7 @@ at::Tensor linear_streamed(const at::Tensor& x, int64_t stream, int64_t unit,
   constexpr const char* kOp = "dcext::linear_streamed";
   const std::shared_ptr<HostStream> found = HostStream::find(kOp, stream);
   const HostStream::Layer& layer = found->layer(kOp, unit);
-  StreamedPanels panels(found->stream(), unit, layer.head, layer.pieces);
+  StreamedPanels panels(found->stream(), unit, layer.head, layer.pieces, *layer.formats);
   return linear_from(place_of(kOp, layer).c_str(), layer.head, &panels, x, row_scale, col_scale,
                      bias, activations);
 }
@@ -184,7 +185,7 @@ at::Tensor embedding_streamed(const at::Tensor& indices, int64_t stream, int64_t
   constexpr const char* kOp = "dcext::embedding_streamed";
   const std::shared_ptr<HostStream> found = HostStream::find(kOp, stream);
   const HostStream::Layer& layer = found->layer(kOp, unit);
-  StreamedPanels panels(found->stream(), unit, layer.head, layer.pieces);
+  StreamedPanels panels(found->stream(), unit, layer.head, layer.pieces, *layer.formats);
   return embedding_from(place_of(kOp, layer).c_str(), layer.head, &panels, indices, row_scale,
                         col_scale, embedding_dim, dtype);
 }

@@ -47,6 +47,7 @@ class HostStream {
     int64_t offset = 0;  ///< of the payload in its file
     std::unique_ptr<VerifiedPayload> verified;
   };
+    std::unique_ptr<FormatChecks> formats;
   /** The layer that is a unit of its own. */
   const Layer& layer(const char* op, int64_t unit) const;
 
