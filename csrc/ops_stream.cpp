@@ -7,6 +7,7 @@
 
 #include "ops_common.h"
 #include "ops_layers.h"
+#include "ops_gradient.h"
 #include "runtime/memory.h"
 
 namespace dcext {
@@ -186,6 +187,18 @@ at::Tensor embedding_streamed(const at::Tensor& indices, int64_t stream, int64_t
   const std::shared_ptr<HostStream> found = HostStream::find(kOp, stream);
   const HostStream::Layer& layer = found->layer(kOp, unit);
   StreamedPanels panels(found->stream(), unit, layer.head, layer.pieces, *layer.formats);
+at::Tensor linear_streamed_input_grad(const at::Tensor& grad, int64_t stream, int64_t unit,
+                                      const at::Tensor& row_scale,
+                                      const std::optional<at::Tensor>& col_scale,
+                                      int64_t in_features) {
+  constexpr const char* kOp = "dcext::linear_streamed_input_grad";
+  const std::shared_ptr<HostStream> found = HostStream::find(kOp, stream);
+  const HostStream::Layer& layer = found->layer(kOp, unit);
+  StreamedPanels panels(found->stream(), unit, layer.head, layer.pieces, *layer.formats);
+  return linear_input_grad_from(place_of(kOp, layer).c_str(), layer.head, &panels, grad, row_scale,
+                                col_scale, in_features);
+}
+
   return embedding_from(place_of(kOp, layer).c_str(), layer.head, &panels, indices, row_scale,
                         col_scale, embedding_dim, dtype);
 }

@@ -84,5 +84,10 @@ at::Tensor embedding_streamed(const at::Tensor& indices, int64_t stream, int64_t
                               const at::Tensor& row_scale,
                               const std::optional<at::Tensor>& col_scale, int64_t embedding_dim,
                               at::ScalarType dtype);
+at::Tensor linear_streamed_input_grad(const at::Tensor& grad, int64_t stream, int64_t unit,
+                                      const at::Tensor& row_scale,
+                                      const std::optional<at::Tensor>& col_scale,
+                                      int64_t in_features);
+
 
 }  // namespace dcext
