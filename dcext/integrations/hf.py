@@ -296,3 +296,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(DCConfig)
         register_quantizer(QUANT_METHOD)(DCQuantizer)
+
+
+register()

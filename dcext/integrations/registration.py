@@ -6,6 +6,7 @@ as the modules of transformers that are concerned are.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -14,9 +15,9 @@ from types import ModuleType
 
 
 def _add_method(module: ModuleType) -> None:
-    from dcext.integrations import hf
-
-    hf.register()
+    # Where hf imports this module of transformers, it is not complete yet: it registers at its end, as it does here.
+    if "dcext.integrations.hf" not in sys.modules:
+        importlib.import_module("dcext.integrations.hf")
 
 
 def _replace_saving(module: ModuleType) -> None:
