@@ -114,6 +114,7 @@ void bind_host_stream(py::module_& m) {
       .def_property_readonly("handle", &HostStream::handle)
       .def_property_readonly("slots_nbytes", &HostStream::slots_nbytes)
       .def_property_readonly("is_direct", &HostStream::is_direct)
+      .def_property_readonly("is_usable", &HostStream::is_usable)
       .def("statistics", &host_stream_statistics)
       .def("read_all", &HostStream::read_all, py::call_guard<py::gil_scoped_release>())
       .def("close", [](HostStream& stream) { stream.stream().close(); });

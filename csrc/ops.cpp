@@ -2,6 +2,7 @@
 
 #include "ops_common.h"
 #include "ops_device_stream.h"
+#include "ops_gradient.h"
 #include "ops_layers.h"
 #include "ops_quantize.h"
 #include "ops_seek.h"
@@ -47,6 +48,15 @@ TORCH_LIBRARY(dcext, m) {
   m.def(
       "embedding_streamed(Tensor indices, int stream, int unit, Tensor row_scale, "
       "Tensor? col_scale, int embedding_dim, ScalarType dtype) -> Tensor");
+  m.def(
+      "linear_input_grad(Tensor grad, Tensor payload, Tensor row_scale, Tensor? col_scale, "
+      "SymInt in_features) -> Tensor");
+  m.def(
+      "linear_streamed_input_grad(Tensor grad, int stream, int unit, Tensor row_scale, "
+      "Tensor? col_scale, SymInt in_features) -> Tensor");
+  m.def(
+      "dequantize_weight(Tensor payload, Tensor row_scale, Tensor? col_scale, SymInt in_features, "
+      "ScalarType dtype) -> Tensor");
   m.def("quantize_activations(Tensor x, Tensor? col_scale) -> (Tensor, Tensor)");
   m.def(
       "dequantize(Tensor acc, Tensor row_scale, Tensor act_scale, Tensor? bias, "
@@ -67,6 +77,9 @@ TORCH_LIBRARY_IMPL(dcext, CPU, m) {
   m.impl("embedding", &dcext::embedding);
   m.impl("linear_streamed", &dcext::linear_streamed);
   m.impl("embedding_streamed", &dcext::embedding_streamed);
+  m.impl("linear_input_grad", &dcext::linear_input_grad);
+  m.impl("linear_streamed_input_grad", &dcext::linear_streamed_input_grad);
+  m.impl("dequantize_weight", &dcext::dequantize_weight);
   m.impl("quantize_activations", &dcext::quantize_activations);
   m.impl("dequantize", &dcext::dequantize);
   m.impl("round_columns_", &dcext::round_columns_op);

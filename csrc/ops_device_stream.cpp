@@ -3,6 +3,7 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "base/fork_safe.h"
 #include "ops_common.h"
 #include "runtime/host_link.h"
 #include "runtime/thread_pool.h"
@@ -17,7 +18,7 @@ constexpr const char* kOpen = "dcext.DeviceStream";
 
 // Streams by handle. Never destroyed: operators may run while the process ends.
 struct Table {
-  std::mutex mutex;
+  std::mutex& mutex = fork_safe_mutex<Table>();
   std::unordered_map<int64_t, std::weak_ptr<TensorStream>> streams;
   int64_t last_handle = 0;
 };

@@ -50,6 +50,9 @@ at::Tensor linear_from(const char* place, const PayloadView& weight, PanelSource
   call.type = type;
   call.tokens = input.numel() / cols;
   call.activations = parse_activations(place, activations);
+  TORCH_CHECK_VALUE(call.activations == Activations::kNone || cols <= kMaxInt8Cols, place,
+                    ": payload: expected at most ", kMaxInt8Cols,
+                    " columns with activations='int8', got ", cols);
   call.isa = selected_isa();
   TorchExecutor executor;
   raise_if_failed(place, run_linear(call, executor));

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <mutex>
 
+#include "base/fork_safe.h"
 #include "ops_common.h"
+#include "ops_gradient.h"
 #include "ops_layers.h"
 #include "runtime/memory.h"
 
@@ -26,7 +28,7 @@ int64_t slot_nbytes_of(int64_t slots_nbytes) {
 }
 
 struct Handles {
-  std::mutex mutex;
+  std::mutex& mutex = fork_safe_mutex<Handles>();
   std::map<int64_t, std::weak_ptr<HostStream>> streams;
   int64_t next = 1;
 };
@@ -73,6 +75,7 @@ HostStream::HostStream(const std::vector<std::string>& paths, const std::vector<
     raise_if_failed(place.c_str(),
                     PayloadView::parse_head(layer->head_bytes.data(), layer->head_bytes.size(),
                                             source.payload.numel(), &layer->head));
+    layer->formats = std::make_unique<FormatChecks>(whole.layout().num_chunks());
     ReadSource* file = files_[source.file].get();
     layer->offset = source.offset;
     if (source.unit >= 0) {
@@ -126,10 +129,16 @@ std::shared_ptr<HostStream> HostStream::find(const char* op, int64_t handle) {
   }
   TORCH_CHECK_VALUE(found != nullptr, op, ": stream: expected the handle of one that lives, got ",
                     handle);
-  TORCH_CHECK(found->stream_->is_usable(), op,
+  found->check_usable(op);
+  return found;
+}
+
+bool HostStream::is_usable() const { return stream_->is_usable(); }
+
+void HostStream::check_usable(const char* op) const {
+  TORCH_CHECK(is_usable(), op,
               ": expected the process that made the stream, got a child of it after fork(): load "
               "the model there instead");
-  return found;
 }
 
 const HostStream::Layer& HostStream::layer(const char* op, int64_t unit) const {
@@ -148,6 +157,7 @@ const std::vector<const HostStream::Layer*>& HostStream::group(const char* op, i
 
 void HostStream::read_all() {
   constexpr const char* kOp = "dcext.HostStream.read_all";
+  check_usable(kOp);
   for (int64_t unit = 0; unit < stream_->num_units(); ++unit) {
     const auto use = stream_->begin(unit);
     const auto count = static_cast<int64_t>(stream_->pieces(unit).size());
@@ -172,9 +182,21 @@ at::Tensor linear_streamed(const at::Tensor& x, int64_t stream, int64_t unit,
   constexpr const char* kOp = "dcext::linear_streamed";
   const std::shared_ptr<HostStream> found = HostStream::find(kOp, stream);
   const HostStream::Layer& layer = found->layer(kOp, unit);
-  StreamedPanels panels(found->stream(), unit, layer.head, layer.pieces);
+  StreamedPanels panels(found->stream(), unit, layer.head, layer.pieces, *layer.formats);
   return linear_from(place_of(kOp, layer).c_str(), layer.head, &panels, x, row_scale, col_scale,
                      bias, activations);
+}
+
+at::Tensor linear_streamed_input_grad(const at::Tensor& grad, int64_t stream, int64_t unit,
+                                      const at::Tensor& row_scale,
+                                      const std::optional<at::Tensor>& col_scale,
+                                      int64_t in_features) {
+  constexpr const char* kOp = "dcext::linear_streamed_input_grad";
+  const std::shared_ptr<HostStream> found = HostStream::find(kOp, stream);
+  const HostStream::Layer& layer = found->layer(kOp, unit);
+  StreamedPanels panels(found->stream(), unit, layer.head, layer.pieces, *layer.formats);
+  return linear_input_grad_from(place_of(kOp, layer).c_str(), layer.head, &panels, grad, row_scale,
+                                col_scale, in_features);
 }
 
 at::Tensor embedding_streamed(const at::Tensor& indices, int64_t stream, int64_t unit,
@@ -184,7 +206,7 @@ at::Tensor embedding_streamed(const at::Tensor& indices, int64_t stream, int64_t
   constexpr const char* kOp = "dcext::embedding_streamed";
   const std::shared_ptr<HostStream> found = HostStream::find(kOp, stream);
   const HostStream::Layer& layer = found->layer(kOp, unit);
-  StreamedPanels panels(found->stream(), unit, layer.head, layer.pieces);
+  StreamedPanels panels(found->stream(), unit, layer.head, layer.pieces, *layer.formats);
   return embedding_from(place_of(kOp, layer).c_str(), layer.head, &panels, indices, row_scale,
                         col_scale, embedding_dim, dtype);
 }

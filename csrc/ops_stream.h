@@ -36,6 +36,8 @@ class HostStream {
 
   /** What operators know it by. */
   int64_t handle() const { return handle_; }
+  /** False in a child of the process that made it, where nothing reads. */
+  bool is_usable() const;
   static std::shared_ptr<HostStream> find(const char* op, int64_t handle);
   static void enter(const std::shared_ptr<HostStream>& stream);
 
@@ -45,6 +47,7 @@ class HostStream {
     PayloadView head;
     PanelPieces pieces;
     int64_t offset = 0;  ///< of the payload in its file
+    std::unique_ptr<FormatChecks> formats;
     std::unique_ptr<VerifiedPayload> verified;
   };
   /** The layer that is a unit of its own. */
@@ -64,6 +67,8 @@ class HostStream {
   bool is_direct() const;
 
  private:
+  void check_usable(const char* op) const;
+
   std::vector<std::unique_ptr<DirectFile>> files_;
   std::vector<std::unique_ptr<Layer>> layers_;
   std::vector<std::vector<const Layer*>> groups_;  // empty unless payloads are read together
@@ -78,6 +83,11 @@ constexpr int64_t kMinSlots = 2;
 at::Tensor linear_streamed(const at::Tensor& x, int64_t stream, int64_t unit,
                            const at::Tensor& row_scale, const std::optional<at::Tensor>& col_scale,
                            const std::optional<at::Tensor>& bias, c10::string_view activations);
+
+at::Tensor linear_streamed_input_grad(const at::Tensor& grad, int64_t stream, int64_t unit,
+                                      const at::Tensor& row_scale,
+                                      const std::optional<at::Tensor>& col_scale,
+                                      int64_t in_features);
 
 at::Tensor embedding_streamed(const at::Tensor& indices, int64_t stream, int64_t unit,
                               const at::Tensor& row_scale,

@@ -1,31 +1,56 @@
-"""The operators of ``torch.ops.dcext``: registration of their fake (shape-only) implementations.
+"""The operators of ``torch.ops.dcext``: registration of their fake (shape-only) implementations and of ``vmap``.
 
-========================  ========================================================================================
-operator                  computes
-========================  ========================================================================================
-``linear``                ``(x * col_scale) @ (qweight * row_scale[:, None]).T + bias`` straight from the payload
-``embedding``             rows of ``qweight * row_scale[:, None] * col_scale``
-``linear_streamed``       ``linear`` of a layer whose payload a ``HostStream`` reads from its file meanwhile
-``embedding_streamed``    ``embedding`` likewise: only the panels of the rows are read
-``encode``                the payload of a ``qweight``
-``decode_out``            a rectangle of ``qweight``, written into ``out``
-``decode_indexed_``       whole matrices by their seek indices, all in one launch; also on CUDA
-``fetch_``, ``fetched_``  begin and end of the use of a unit that travels to its slot; also on CUDA
-``quantize_activations``  int8 tokens and their scales, as ``linear`` quantizes them; also on CUDA
-``dequantize``            ``acc * row_scale * act_scale[:, None] + bias``, the end of ``linear``; also on CUDA
-``int8_linear``           ``linear`` of plain int8 weights, on CUDA; registered by ``dcext.kernels.int8_gemm``
-``round_columns_``        a block of columns rounded from last to first with error feedback (``quantize.rate``)
-========================  ========================================================================================
+==============================  ==================================================================================
+operator                        computes
+==============================  ==================================================================================
+``linear``                      ``(x * col_scale) @ (qweight * row_scale[:, None]).T + bias`` from the payload
+``linear_input_grad``           ``((grad * row_scale) @ qweight) * col_scale``: the gradient of ``linear`` for ``x``
+``embedding``                   rows of ``qweight * row_scale[:, None] * col_scale``
+``linear_streamed``             ``linear`` of a layer whose payload a ``HostStream`` reads from its file meanwhile
+``linear_streamed_input_grad``  ``linear_input_grad`` of a layer whose payload a ``HostStream`` reads
+``embedding_streamed``          ``embedding`` of a layer that a ``HostStream`` reads: only the panels of the rows
+``dequantize_weight``           ``qweight * row_scale[:, None] * col_scale`` from the payload
+``encode``                      the payload of a ``qweight``
+``decode_out``                  a rectangle of ``qweight``, written into ``out``
+``decode_indexed_``             whole matrices by their seek indices, all in one launch; also on CUDA
+``fetch_``, ``fetched_``        begin and end of the use of a unit that travels to its slot; also on CUDA
+``quantize_activations``        int8 tokens and their scales, as ``linear`` quantizes them; also on CUDA
+``dequantize``                  ``acc * row_scale * act_scale[:, None] + bias``, the end of ``linear``; also on CUDA
+``int8_linear``                 ``linear`` of plain int8 weights, on CUDA; of ``dcext.kernels.int8_gemm``
+``round_columns_``              columns rounded from last to first with error feedback (``quantize.rate``)
+==============================  ==================================================================================
 
 Shapes: ``x`` (..., in_features) float32, bfloat16 or float16; ``payload`` 1-D uint8; ``row_scale`` (out_features,),
 ``col_scale`` (in_features,) and ``bias`` (out_features,) float32; ``indices`` any shape, int64 or int32. All on the
-CPU. ``activations`` is ``"int8"`` (per-token dynamic quantization, exact int32 sums) or ``"none"`` (float32 sums in a
+CPU. ``activations`` is ``"int8"`` (per-token dynamic quantization, exact integer sums) or ``"none"`` (float32 sums in a
 fixed order); either way the result does not depend on threads or instruction set. Wrong arguments raise ``ValueError``
 or ``TypeError``; ``linear`` and ``embedding`` trust the checksums that were verified when the payload was loaded.
 
+Width: with ``"int8"`` a layer has at most 2^24 input features (16,777,216), beyond which ``linear`` raises ``ValueError``;
+sums are exact for all of them, int32 up to 2^17 features and int64 made of such sums above. ``int8_linear`` takes up to
+2^17, packed weights on a GPU up to 65,504, and both refuse more. ``dequantize`` takes sums that fit in int32.
+
+Gradients: ``linear`` and ``linear_streamed`` have them for ``x`` and ``bias``. ``linear_input_grad`` takes ``grad``
+(..., out_features) in any supported dtype and gives (..., in_features) in the same, as float32 sums of blocks of a few
+panels, which are decoded and scaled in parallel; the float matrix is never whole. ``in_features`` is the payload's. With
+``activations="none"`` the gradient is that of the float layer that the weights stand for; with ``"int8"`` it is the same,
+which is the straight-through estimator: the rounding of activations counts as the identity. Second derivatives are
+right: the gradient is linear in ``grad``, and its own is ``linear`` with ``"none"``. Where ``row_scale`` or ``col_scale``
+requires grad, backward raises ``NotImplementedError``, as that of every other operator that takes floats does.
+The order of the float32 sums is that of ``torch.addmm``. ``linear_streamed`` reads its layer again for the gradient.
+
+Transforms: ``torch.vmap`` takes ``x``, ``grad`` and ``indices`` as one more leading dimension; ``torch.func.grad``, ``vjp``
+and ``jvp`` and forward mode raise ``RuntimeError``. Under ``torch.autocast``, ``x`` of ``linear``, ``linear_streamed`` and
+``int8_linear`` takes autocast's dtype, as that of ``nn.Linear`` does.
+
+``dequantize_weight`` gives (out_features, in_features) in ``dtype`` (float32, bfloat16 or float16) and verifies each chunk
+first, so that a mapped payload may be given: damage raises ``FormatError``. It is pure, and its shape is known without
+reading the payload: where a compiler finds that only ``shape`` or ``dtype`` are asked for, nothing is decoded.
+
 ``linear_streamed`` and ``embedding_streamed`` take the handle of a ``dcext._C.HostStream`` and the number of a layer in it
-instead of a payload, and compare every chunk with its checksum. A file that was altered raises ``FormatError``, one that
-cannot be read ``RuntimeError``; the next call tries again.
+instead of a payload, and verify every chunk as loading does: its checksum each time, its format until it was found in
+order. A file that was altered or is malformed raises ``FormatError``, one that cannot be read ``RuntimeError``; the next
+call tries again. In a child after ``fork()``, streams of the parent raise ``RuntimeError``.
 
 ``decode_indexed_`` takes equally many payloads, seek indices (``dcext.codec.seek_index``; (blocks, 448) uint8) and outputs
 (out_features, in_features) int8, all on one device, and ``failures`` (1,) int32, into which it or-s bits where data are
@@ -52,6 +77,8 @@ with ``k = floor(2 v) + 256`` held in 0 to 511, so thresholds are multiples of 1
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +134,36 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return indices.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+
+
+@torch.library.register_fake("dcext::linear_input_grad")
+def _(
+    grad: Tensor, payload: Tensor, row_scale: Tensor, col_scale: Tensor | None, in_features: int
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+@torch.library.register_fake("dcext::linear_streamed_input_grad")
+def _(
+    grad: Tensor,
+    stream: int,
+    unit: int,
+    row_scale: Tensor,
+    col_scale: Tensor | None,
+    in_features: int,
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+@torch.library.register_fake("dcext::dequantize_weight")
+def _(
+    payload: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return row_scale.new_empty((row_scale.shape[0], in_features), dtype=dtype)
 
 
 @torch.library.register_fake("dcext::encode")
@@ -170,3 +227,28 @@ def _(
     panel_rows: int = 0,
 ) -> None:
     return None
+
+
+def _register_vmap(name: str) -> None:
+    """Lets ``vmap`` map the first argument of an operator that takes any number of leading dimensions."""
+    op = getattr(torch.ops.dcext, name).default
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+            raise NotImplementedError(
+                f"dcext::{name}: vmap: expected the first argument alone to be mapped, got dimensions {in_dims}"
+            )
+        return op(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+
+    torch.library.register_vmap(op, batched)
+
+
+for _name in (
+    "linear",
+    "linear_input_grad",
+    "linear_streamed",
+    "linear_streamed_input_grad",
+    "embedding",
+    "embedding_streamed",
+):
+    _register_vmap(_name)

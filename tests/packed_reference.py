@@ -44,6 +44,18 @@ def encode_packed(
     return assemble(qweight.shape, panel_rows, slab_cols, chunks, stored_widths)
 
 
+def reseal(payload: bytearray) -> None:
+    """Makes all checksums of a payload hold again, in place, whatever was written into it; sizes must be as before."""
+    (num_chunks,) = struct.unpack_from("<I", payload, 48)
+    for entry in range(64, 64 + 32 * num_chunks, 32):
+        offset, nbytes = struct.unpack_from("<QI", payload, entry)
+        extent = bytes(payload[offset : align(offset + nbytes)])
+        struct.pack_into("<Q", payload, entry + 24, xxhash.xxh3_64_intdigest(extent))
+    head = (payload[:56], payload[64 : align(64 + 32 * num_chunks)])
+    hashes = (xxhash.xxh3_64_intdigest(bytes(part)) for part in head)
+    struct.pack_into("<Q", payload, 56, xxhash.xxh3_64_intdigest(struct.pack("<QQ", *hashes)))
+
+
 def assemble(
     shape: tuple[int, int],
     panel_rows: int,

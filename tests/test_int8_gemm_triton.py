@@ -371,3 +371,16 @@ def test_wrong_arguments(change, message):
 def test_weights_on_the_cpu_are_refused():
     with pytest.raises(ValueError, match="qweight: expected on a GPU, got on cpu"):
         int8_linear(**small_layer())
+
+
+@on_device
+def test_gradients_are_refused_and_autocast_casts():
+    layer = Layer(32, 64)
+    x = torch.randn(3, 64, device=DEVICE).requires_grad_()
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        layer(x).sum().backward()
+    x = x.detach()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, layer(x.bfloat16()))

@@ -10,7 +10,7 @@ import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_reference import RAW, WIDTHS, decode_packed, encode_packed
+from packed_reference import RAW, WIDTHS, decode_packed, encode_packed, reseal
 
 import dcext
 
@@ -147,13 +147,10 @@ def test_embedding_rows():
 
 
 def resealed(payload: torch.Tensor, at: int, value: bytes) -> torch.Tensor:
-    """A payload of one chunk with some bytes overwritten and checksums that hold."""
+    """A payload with some bytes overwritten and checksums that hold."""
     data = bytearray(payload.numpy().tobytes())
     data[at : at + len(value)] = value
-    (offset,) = struct.unpack_from("<Q", data, 64)
-    struct.pack_into("<Q", data, 88, xxhash.xxh3_64_intdigest(bytes(data[offset:])))
-    hashes = (xxhash.xxh3_64_intdigest(bytes(part)) for part in (data[:56], data[64:offset]))
-    struct.pack_into("<Q", data, 56, xxhash.xxh3_64_intdigest(struct.pack("<QQ", *hashes)))
+    reseal(data)
     return torch.frombuffer(data, dtype=torch.uint8)
 
 

@@ -254,3 +254,16 @@ def test_a_flipped_bit_is_found():
     payload[-70] ^= 1
     with pytest.raises(dcext.FormatError, match="checksum mismatch"):
         PackedWeight.from_payload(payload, "cpu")
+
+
+@on_device
+def test_gradients_are_refused_and_autocast_casts():
+    layer = Layer(gaussian(32, 64, 3.0))
+    x = torch.randn(3, 64, device=DEVICE).requires_grad_()
+    with pytest.raises(NotImplementedError, match="packed_linear: expected arguments that do not"):
+        layer(x).sum().backward()
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(layer(x), layer(x.bfloat16()))
+        assert layer(x).dtype == torch.bfloat16

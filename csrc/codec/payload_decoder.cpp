@@ -111,10 +111,26 @@ Failure decode_chunk(const PayloadView& view, int64_t index, Verify verify, int8
 
 Failure verify_chunk(const PayloadView& view, int64_t index) {
   if (Failure bad = view.verify_chunk(index); !bad.ok()) return bad;
+  return check_format(view, index);
+}
+
+// Zstd frames are checked whenever they are decoded, which is the only use that layers make of them.
+Failure check_format(const PayloadView& view, int64_t index) {
   if (view.chunk(index).encoding != Encoding::kPacked || check_packed(packed_tile(view, index))) {
     return {};
   }
   return Failure{Status::kCorrupt, "table or exceptions", index, 0, 0};
+}
+
+FormatChecks::FormatChecks(int64_t num_chunks)
+    : passed_(new std::atomic<bool>[static_cast<size_t>(num_chunks)]()) {}
+
+Failure FormatChecks::check(const PayloadView& view, int64_t index) {
+  std::atomic<bool>& passed = passed_[static_cast<size_t>(index)];
+  if (passed.load(std::memory_order_relaxed)) return {};
+  const Failure bad = check_format(view, index);
+  if (bad.ok()) passed.store(true, std::memory_order_relaxed);
+  return bad;
 }
 
 Failure decode_region(const PayloadView& view, const Region& region, Verify verify, int8_t* dst,

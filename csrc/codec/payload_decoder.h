@@ -1,5 +1,8 @@
 #pragma once
 
+#include <atomic>
+#include <memory>
+
 #include "base/parallel.h"
 #include "format/payload.h"
 
@@ -28,6 +31,23 @@ Failure decode_chunk(const PayloadView& view, int64_t index, Verify verify, int8
 /** Compares chunk `index` with its checksum and, without decoding it, checks what layers rely on afterwards.
  *  @return kOk, kBadChecksum or kCorrupt. */
 Failure verify_chunk(const PayloadView& view, int64_t index);
+
+/** What verify_chunk checks beside the checksum.
+ *  @return kOk or kCorrupt. */
+Failure check_format(const PayloadView& view, int64_t index);
+
+/** check_format of a payload whose chunks are brought again and again: bytes whose checksum holds are the bytes that were
+ *  checked before, so each chunk is looked at until it passed once. Threading: any number of threads. */
+class FormatChecks {
+ public:
+  explicit FormatChecks(int64_t num_chunks);
+
+  /** @param view   of the payload, with chunk `index`, whose checksum has been compared. */
+  Failure check(const PayloadView& view, int64_t index);
+
+ private:
+  std::unique_ptr<std::atomic<bool>[]> passed_;
+};
 
 /** Decodes a rectangle straight to its place; only chunks that it touches are read.
  *  @param region   not empty, inside the matrix.

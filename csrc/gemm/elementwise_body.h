@@ -132,8 +132,8 @@ void quantize(const void* x, ElementType type, const float* col_scale, int64_t c
   }
 }
 
-template <typename Type>
-void dequantize_as(const int32_t* acc, int64_t tokens, int64_t rows, const float* act_scale,
+template <typename Type, typename Sum>
+void dequantize_as(const Sum* acc, int64_t tokens, int64_t rows, const float* act_scale,
                    const PanelOutput& output) {
   auto* y = static_cast<typename Type::Storage*>(output.y);
   const float* row_scale = output.row_scale;
@@ -152,14 +152,25 @@ void dequantize_as(const int32_t* acc, int64_t tokens, int64_t rows, const float
   }
 }
 
-void dequantize(const int32_t* acc, int64_t tokens, int64_t rows, const float* act_scale,
-                const PanelOutput& output) {
+template <typename Sum>
+void dequantize_sums(const Sum* acc, int64_t tokens, int64_t rows, const float* act_scale,
+                     const PanelOutput& output) {
   switch (output.type) {
     case ElementType::kFloat32: return dequantize_as<Float32>(acc, tokens, rows, act_scale, output);
     case ElementType::kBFloat16:
       return dequantize_as<BFloat16>(acc, tokens, rows, act_scale, output);
     case ElementType::kFloat16: return dequantize_as<Float16>(acc, tokens, rows, act_scale, output);
   }
+}
+
+void dequantize(const int32_t* acc, int64_t tokens, int64_t rows, const float* act_scale,
+                const PanelOutput& output) {
+  dequantize_sums(acc, tokens, rows, act_scale, output);
+}
+
+void dequantize_wide(const int64_t* acc, int64_t tokens, int64_t rows, const float* act_scale,
+                     const PanelOutput& output) {
+  dequantize_sums(acc, tokens, rows, act_scale, output);
 }
 
 template <typename Type>

@@ -56,8 +56,7 @@ struct GemmKernels {
   void (*pack)(const int8_t* q, int64_t ld, int64_t tokens, int64_t cols, int64_t begin,
                int64_t end, uint8_t* packed);
 
-  /** acc[m * rows + n] = sum over k of weight[n, k] * q[m, k], in int32. Exact for K <= 2^17: no sum
-   *  passes 2^31.
+  /** acc[m * rows + n] = sum over k of weight[n, k] * q[m, k], in int32. Exact for up to kMaxSumCols columns.
    *  @param acc   (tokens, panel.rows). */
   void (*multiply)(const WeightPanel& panel, const uint8_t* packed, int64_t tokens, int32_t* acc);
 
@@ -74,6 +73,10 @@ struct GemmKernels {
   void (*dequantize)(const int32_t* acc, int64_t tokens, int64_t rows, const float* act_scale,
                      const PanelOutput& output);
 
+  /** The same of sums that int32 cannot hold. */
+  void (*dequantize_wide)(const int64_t* acc, int64_t tokens, int64_t rows, const float* act_scale,
+                          const PanelOutput& output);
+
   /** Weight-only products: out[m, n] = row_scale[n] * sum_k float(weight[n, k]) * x[m, k] + bias[n] in float32. The
    *  sum has 16 partial sums (k mod 16), each in order of k, added as a binary tree.
    *  @param x   (tokens, align_up(cols, 16)) float32, col_scale applied, zeros behind the columns, 64-byte aligned.
@@ -88,6 +91,11 @@ struct GemmKernels {
   void (*dequantize_row)(const int8_t* weight, int64_t cols, float row_scale,
                          const float* col_scale, ElementType type, void* out);
 };
+
+/** Columns whose sums of products of -128 .. 127 and -127 .. 127 fit in int32, whatever they are. A multiple of every
+ *  kernel's step. */
+constexpr int64_t kMaxSumCols = int64_t{1} << 17;
+static_assert(kMaxSumCols * 128 * 127 <= INT32_MAX, "sums fit");
 
 constexpr int64_t kPackTokens = 16;
 constexpr int64_t kFewTokens = 16;  ///< up to here multiply_packed keeps the weights in registers

@@ -199,12 +199,30 @@ struct PackedDot {
 
 DCEXT_TARGET_END
 
-const dcext::GemmKernels dcext::kAvx512Kernels = {
-    Isa::kAvx512Vnni, quantize,   dot_packed_nbytes,    dot_pack, dot_multiply,  dcext::kAnyTokens,
-    multiply_packed,  dequantize, multiply_weight_only, widen,    dequantize_row};
+const dcext::GemmKernels dcext::kAvx512Kernels = {Isa::kAvx512Vnni,
+                                                  quantize,
+                                                  dot_packed_nbytes,
+                                                  dot_pack,
+                                                  dot_multiply,
+                                                  dcext::kAnyTokens,
+                                                  multiply_packed,
+                                                  dequantize,
+                                                  dequantize_wide,
+                                                  multiply_weight_only,
+                                                  widen,
+                                                  dequantize_row};
 
-const dcext::GemmKernels dcext::kAmxKernels = {
-    Isa::kAmx,       quantize,   amx_packed_nbytes,    amx_pack, amx_multiply,  dcext::kFewTokens,
-    multiply_packed, dequantize, multiply_weight_only, widen,    dequantize_row};
+const dcext::GemmKernels dcext::kAmxKernels = {Isa::kAmx,
+                                               quantize,
+                                               amx_packed_nbytes,
+                                               amx_pack,
+                                               amx_multiply,
+                                               dcext::kFewTokens,
+                                               multiply_packed,
+                                               dequantize,
+                                               dequantize_wide,
+                                               multiply_weight_only,
+                                               widen,
+                                               dequantize_row};
 
 #endif  // __x86_64__

@@ -63,8 +63,17 @@ struct PackedDot : PackedAvx2<128> {
 
 DCEXT_TARGET_END
 
-const dcext::GemmKernels dcext::kAvxVnniKernels = {
-    Isa::kAvxVnni,   quantize,   dot_packed_nbytes,    dot_pack, dot_multiply,  dcext::kAnyTokens,
-    multiply_packed, dequantize, multiply_weight_only, widen,    dequantize_row};
+const dcext::GemmKernels dcext::kAvxVnniKernels = {Isa::kAvxVnni,
+                                                   quantize,
+                                                   dot_packed_nbytes,
+                                                   dot_pack,
+                                                   dot_multiply,
+                                                   dcext::kAnyTokens,
+                                                   multiply_packed,
+                                                   dequantize,
+                                                   dequantize_wide,
+                                                   multiply_weight_only,
+                                                   widen,
+                                                   dequantize_row};
 
 #endif  // __x86_64__

@@ -126,6 +126,9 @@ struct PackedDot {
 }  // namespace
 }  // namespace dcext
 
-const dcext::GemmKernels dcext::kScalarKernels = {
-    Isa::kScalar,    quantize,   packed_nbytes,        pack,  multiply,      dcext::kAnyTokens,
-    multiply_packed, dequantize, multiply_weight_only, widen, dequantize_row};
+const dcext::GemmKernels dcext::kScalarKernels = {Isa::kScalar,    quantize,
+                                                  packed_nbytes,   pack,
+                                                  multiply,        dcext::kAnyTokens,
+                                                  multiply_packed, dequantize,
+                                                  dequantize_wide, multiply_weight_only,
+                                                  widen,           dequantize_row};

@@ -1,125 +1,21 @@
 #include "runtime/layers.h"
 
 #include <algorithm>
-#include <atomic>
-#include <mutex>
 #include <vector>
 
 #include "base/scratch.h"
 #include "codec/packed.h"
-#include "codec/payload_decoder.h"
-#include "codec/zstd_frame.h"
+#include "runtime/panels.h"
 
 namespace dcext {
 namespace {
 
-constexpr int64_t kMaxTokens = 2048;  // per pass over the weights; bounds the scratch
+// Tokens per pass over the weights, and activations, which are fewer tokens of wide layers: they bound the scratch.
+constexpr int64_t kMaxTokens = 2048;
+constexpr int64_t kMaxActivations = kMaxTokens * kMaxSumCols;
 
-// Runs on the thread that calls; for work inside a task.
-class SerialExecutor final : public Executor {
- public:
-  int num_workers() const override { return 1; }
-  void run(int64_t num_tasks, FunctionRef<void(int64_t, int)> task) override {
-    for (int64_t i = 0; i < num_tasks; ++i) task(i, 0);
-  }
-};
-
-// The first failure of a parallel loop, by chunk.
-class FailureSlot {
- public:
-  void record(const Failure& failure) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (failure_.ok() || failure.chunk < failure_.chunk) failure_ = failure;
-    lowest_.store(failure_.chunk, std::memory_order_relaxed);
-  }
-  /** After the loop. */
-  const Failure& get() const { return failure_; }
-  /** Inside it: whether a chunk need not be looked at, since an earlier one has failed. */
-  bool before(int64_t chunk) const { return lowest_.load(std::memory_order_relaxed) < chunk; }
-
- private:
-  std::mutex mutex_;
-  Failure failure_;
-  std::atomic<int64_t> lowest_{INT64_MAX};
-};
-
-Failure out_of_memory(int64_t nbytes) {
-  return Failure{Status::kOutOfMemory, "scratch bytes", -1, static_cast<uint64_t>(nbytes), 0};
-}
-
-// A panel's chunks, held while this lives: where they rest, or as a source brings them.
-class HeldPanel {
- public:
-  HeldPanel(const PayloadView& weight, PanelSource* source, int64_t index)
-      : view_(weight), source_(source), index_(index) {
-    if (source_ != nullptr) failure_ = source_->acquire(index_, &view_);
-  }
-  ~HeldPanel() {
-    if (source_ != nullptr && failure_.ok()) source_->release(index_);
-  }
-  HeldPanel(const HeldPanel&) = delete;
-  HeldPanel& operator=(const HeldPanel&) = delete;
-
-  const Failure& failure() const { return failure_; }
-  const PayloadView& view() const { return view_; }
-  int64_t index() const { return index_; }
-  /** What rests was verified when it was loaded. */
-  Verify verify() const { return static_cast<Verify>(source_ != nullptr); }
-
- private:
-  PayloadView view_;
-  PanelSource* source_;
-  int64_t index_;
-  Failure failure_;
-};
-
-// A pass of a source over all panels, or over some.
-class Pass {
- public:
-  explicit Pass(PanelSource* source) : source_(source) {
-    if (source_ != nullptr) source_->begin();
-  }
-  Pass(PanelSource* source, const std::vector<int64_t>& panels) : source_(source) {
-    if (source_ != nullptr) source_->begin_some(panels);
-  }
-  ~Pass() {
-    if (source_ != nullptr) source_->end();
-  }
-  Pass(const Pass&) = delete;
-  Pass& operator=(const Pass&) = delete;
-
-  /** Leaves a panel out. */
-  void skip(int64_t panel) const {
-    if (source_ != nullptr) source_->release(panel);
-  }
-
- private:
-  PanelSource* source_;
-};
-
-// The rows of a panel, in place for a raw payload of one slab, else decoded into this thread's scratch.
-Failure load_panel(const HeldPanel& held, WeightPanel* panel) {
-  thread_local Scratch scratch;
-  if (!held.failure().ok()) return held.failure();
-  const PayloadView& view = held.view();
-  const PayloadLayout& layout = view.layout();
-  const int64_t first_chunk = held.index() * layout.num_slabs();
-  const Tile tile = view.tile(first_chunk);
-  const Chunk chunk = view.chunk(first_chunk);
-  *panel = {nullptr, layout.cols, tile.rows, layout.cols};
-  const bool one_slab = layout.num_slabs() == 1;
-  if (one_slab && chunk.encoding == Encoding::kRaw) {
-    panel->data = reinterpret_cast<const int8_t*>(view.data() + chunk.offset);
-    return held.verify() == Verify::kYes ? view.verify_chunk(first_chunk) : Failure{};
-  }
-  const int64_t nbytes = tile.rows * layout.cols + kFrameSlack;
-  auto* decoded = reinterpret_cast<int8_t*>(scratch.reserve(nbytes));
-  if (decoded == nullptr) return out_of_memory(nbytes);
-  panel->data = decoded;
-  if (one_slab) return decode_chunk(view, first_chunk, held.verify(), decoded, nbytes);
-  SerialExecutor serial;
-  const Region region{tile.row, tile.row + tile.rows, 0, layout.cols};
-  return decode_region(view, region, held.verify(), decoded, layout.cols, serial);
+int64_t most_tokens(int64_t cols) {
+  return std::clamp(kMaxActivations / cols / kPackTokens * kPackTokens, kPackTokens, kMaxTokens);
 }
 
 PanelOutput panel_output(const LinearCall& call, int64_t row) {
@@ -155,11 +51,32 @@ PanelKinds panel_kinds(const LinearCall& call, const GemmKernels& kernels) {
   return kinds;
 }
 
+// Columns whose products are summed in int32. A layer has one range unless it is wide.
+struct ColumnRange {
+  int64_t begin, cols, packed_at;  // packed_at: where the activations that are packed for it lie
+};
+
+struct ColumnRanges {
+  int64_t cols, range_nbytes;  // range_nbytes: packed activations of a whole range
+
+  int64_t count() const { return ceil_div(cols, kMaxSumCols); }
+  ColumnRange at(int64_t i) const {
+    const int64_t begin = i * kMaxSumCols;
+    return {begin, std::min(kMaxSumCols, cols - begin), i * range_nbytes};
+  }
+};
+
+ColumnRanges column_ranges(const LinearCall& call, const GemmKernels& kernels) {
+  const int64_t cols = call.weight->layout().cols;
+  return {cols, kernels.packed_nbytes(call.tokens, std::min(cols, kMaxSumCols))};
+}
+
 // The activations of one call, quantized, in this thread's scratch.
 struct QuantizedTokens {
   PackedInput input;
   const uint8_t* packed;  // null if no panel is dense
   const float* scale;
+  ColumnRanges ranges;
 };
 
 int32_t sum_of(const int8_t* q, int64_t n) {
@@ -176,13 +93,14 @@ Failure quantize_tokens(const LinearCall& call, const GemmKernels& kernels, cons
   const int64_t ld = packed_cols(cols) + (kinds.direct && call.tokens > 1 ? 64 : 0);
   // Behind the last token: an exception's column, whatever the payload says, stays inside.
   const int64_t q_nbytes = call.tokens * ld + (kinds.direct ? kMaxPackedCols + kGroupCols : 0);
-  const int64_t packed_nbytes = kinds.dense ? kernels.packed_nbytes(call.tokens, cols) : 64;
+  const ColumnRanges ranges = column_ranges(call, kernels);
+  const int64_t packed_nbytes = kinds.dense ? ranges.count() * ranges.range_nbytes : 64;
   auto* q = reinterpret_cast<int8_t*>(q_scratch.reserve(q_nbytes));
   uint8_t* packed = packed_scratch.reserve(packed_nbytes);
   auto* scale = reinterpret_cast<float*>(scale_scratch.reserve(call.tokens * sizeof(float)));
   auto* sums = reinterpret_cast<int32_t*>(sum_scratch.reserve(call.tokens * sizeof(int32_t)));
   if (q == nullptr || packed == nullptr || scale == nullptr || sums == nullptr)
-    return out_of_memory(q_nbytes + packed_nbytes);
+    return out_of_scratch(q_nbytes + packed_nbytes);
 
   executor.run(ceil_div(call.tokens, kPackTokens), [&](int64_t block, int) {
     const int64_t begin = block * kPackTokens, end = std::min(call.tokens, begin + kPackTokens);
@@ -192,35 +110,73 @@ Failure quantize_tokens(const LinearCall& call, const GemmKernels& kernels, cons
       std::fill(token + cols, token + ld, int8_t{0});
       if (kinds.direct) sums[m] = sum_of(token, cols);
     }
-    if (kinds.dense) kernels.pack(q, ld, call.tokens, cols, begin, end, packed);
+    for (int64_t i = 0; kinds.dense && i < ranges.count(); ++i) {
+      const ColumnRange range = ranges.at(i);
+      kernels.pack(q + range.begin, ld, call.tokens, range.cols, begin, end,
+                   packed + range.packed_at);
+    }
   });
-  *out = {{q, ld, sums}, kinds.dense ? packed : nullptr, scale};
+  *out = {{q, ld, sums}, kinds.dense ? packed : nullptr, scale, ranges};
   return {};
 }
 
-// Sums of one panel with all tokens: acc[m * rows + n].
+// Sums of one panel with all tokens: [m * rows + n].
+struct PanelSums {
+  int64_t rows;
+  int32_t* sums;
+  int64_t*
+      wide_sums;  // takes the place of `sums` in a layer of several ranges of columns, else null
+};
+
+Failure reserve_sums(const LinearCall& call, int64_t rows, bool wide, PanelSums* out) {
+  thread_local Scratch sum_scratch, wide_scratch;
+  const int64_t count = call.tokens * rows;
+  const int64_t nbytes = count * int64_t{sizeof(int32_t)};
+  const int64_t wide_nbytes = wide ? count * int64_t{sizeof(int64_t)} : 0;
+  out->rows = rows;
+  out->sums = reinterpret_cast<int32_t*>(sum_scratch.reserve(nbytes));
+  out->wide_sums = wide ? reinterpret_cast<int64_t*>(wide_scratch.reserve(wide_nbytes)) : nullptr;
+  if (out->sums == nullptr || (wide && out->wide_sums == nullptr))
+    return out_of_scratch(nbytes + wide_nbytes);
+  return {};
+}
+
+void multiply_dense(const LinearCall& call, const GemmKernels& kernels, const WeightPanel& panel,
+                    const QuantizedTokens& tokens, const PanelSums& sums) {
+  if (sums.wide_sums == nullptr) {
+    return kernels.multiply(panel, tokens.packed, call.tokens, sums.sums);
+  }
+  const int64_t count = call.tokens * sums.rows;
+  std::fill_n(sums.wide_sums, count, int64_t{0});
+  for (int64_t r = 0; r < tokens.ranges.count(); ++r) {
+    const ColumnRange range = tokens.ranges.at(r);
+    const WeightPanel part{panel.data + range.begin, panel.ld, panel.rows, range.cols};
+    kernels.multiply(part, tokens.packed + range.packed_at, call.tokens, sums.sums);
+    for (int64_t i = 0; i < count; ++i) sums.wide_sums[i] += sums.sums[i];
+  }
+}
+
 Failure multiply_panel(const LinearCall& call, const GemmKernels& kernels, int64_t index,
-                       const QuantizedTokens& tokens, int64_t* rows, int32_t** acc) {
-  thread_local Scratch acc_scratch;
+                       const QuantizedTokens& tokens, PanelSums* sums) {
   const int64_t chunk = index * call.weight->layout().num_slabs();
-  *rows = call.weight->tile(chunk).rows;
-  const int64_t acc_nbytes = call.tokens * *rows * static_cast<int64_t>(sizeof(int32_t));
-  *acc = reinterpret_cast<int32_t*>(acc_scratch.reserve(acc_nbytes));
-  if (*acc == nullptr) return out_of_memory(acc_nbytes);
+  const bool wide = tokens.ranges.count() > 1;
+  if (const Failure bad = reserve_sums(call, call.weight->tile(chunk).rows, wide, sums); !bad.ok())
+    return bad;
   const HeldPanel held(*call.weight, call.source, index);
   if (!held.failure().ok()) return held.failure();
   if (is_direct(call, kernels, index)) {
     const PackedTile tile = packed_tile(held.view(), index);
-    if (!counts_add_up(tile)) return Failure{Status::kCorrupt, "exceptions", index, 0, 0};
     if (held.verify() == Verify::kYes) {
       if (const Failure bad = held.view().verify_chunk(index); !bad.ok()) return bad;
     }
-    kernels.multiply_packed(tile, tokens.input, call.tokens, *acc);
+    if (const Failure bad = held.check_format(); !bad.ok()) return bad;
+    if (!counts_add_up(tile)) return Failure{Status::kCorrupt, "exceptions", index, 0, 0};
+    kernels.multiply_packed(tile, tokens.input, call.tokens, sums->sums);
     return {};
   }
   WeightPanel panel;
   if (const Failure bad = load_panel(held, &panel); !bad.ok()) return bad;
-  kernels.multiply(panel, tokens.packed, call.tokens, *acc);
+  multiply_dense(call, kernels, panel, tokens, *sums);
   return {};
 }
 
@@ -237,12 +193,15 @@ Failure run_int8(const LinearCall& call, Executor& executor) {
   const Pass pass(call.source);
   executor.run(layout.num_panels(), [&](int64_t index, int) {
     if (failure.before(index * layout.num_slabs())) return pass.skip(index);
-    int64_t rows;
-    int32_t* acc;
-    const Failure bad = multiply_panel(call, kernels, index, tokens, &rows, &acc);
+    PanelSums sums;
+    const Failure bad = multiply_panel(call, kernels, index, tokens, &sums);
     if (!bad.ok()) return failure.record(bad);
-    kernels.dequantize(acc, call.tokens, rows, tokens.scale,
-                       panel_output(call, index * layout.panel_rows));
+    const PanelOutput output = panel_output(call, index * layout.panel_rows);
+    if (sums.wide_sums != nullptr) {
+      kernels.dequantize_wide(sums.wide_sums, call.tokens, sums.rows, tokens.scale, output);
+    } else {
+      kernels.dequantize(sums.sums, call.tokens, sums.rows, tokens.scale, output);
+    }
   });
   return failure.get();
 }
@@ -254,7 +213,7 @@ Failure run_weight_only(const LinearCall& call, Executor& executor) {
   const int64_t stride = weight_only_cols(layout.cols);
   const int64_t x_nbytes = call.tokens * stride * static_cast<int64_t>(sizeof(float));
   auto* x = reinterpret_cast<float*>(x_scratch.reserve(x_nbytes));
-  if (x == nullptr) return out_of_memory(x_nbytes);
+  if (x == nullptr) return out_of_scratch(x_nbytes);
 
   executor.run(call.tokens, [&](int64_t m, int) {
     kernels.widen(token_at(call, m), call.type, call.col_scale, layout.cols, x + m * stride);
@@ -269,7 +228,7 @@ Failure run_weight_only(const LinearCall& call, Executor& executor) {
     if (const Failure bad = load_panel(held, &panel); !bad.ok()) return failure.record(bad);
     const int64_t row_nbytes = weight_only_scratch_nbytes(layout.cols);
     auto* rows = reinterpret_cast<float*>(row_scratch.reserve(row_nbytes));
-    if (rows == nullptr) return failure.record(out_of_memory(row_nbytes));
+    if (rows == nullptr) return failure.record(out_of_scratch(row_nbytes));
     kernels.multiply_weight_only(panel, x, call.tokens, rows,
                                  panel_output(call, index * layout.panel_rows));
   });
@@ -279,9 +238,10 @@ Failure run_weight_only(const LinearCall& call, Executor& executor) {
 }  // namespace
 
 Failure run_linear(const LinearCall& call, Executor& executor) {
-  for (int64_t begin = 0; begin < call.tokens; begin += kMaxTokens) {
+  const int64_t most = most_tokens(call.weight->layout().cols);
+  for (int64_t begin = 0; begin < call.tokens; begin += most) {
     LinearCall part = call;
-    part.tokens = std::min(kMaxTokens, call.tokens - begin);
+    part.tokens = std::min(most, call.tokens - begin);
     part.x = token_at(call, begin);
     part.y = static_cast<uint8_t*>(call.y) +
              begin * call.weight->layout().rows * element_nbytes(call.type);

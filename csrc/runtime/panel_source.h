@@ -22,6 +22,11 @@ class PanelSource {
    *  @return kOk, or why they never will be. */
   virtual Failure acquire(int64_t panel, PayloadView* view) = 0;
 
+  /** What loading a payload checks of a chunk beside its checksum, for one that was acquired and whose checksum holds;
+   *  cheap but for the first time. From any thread.
+   *  @return kOk or kCorrupt. */
+  virtual Failure check_format(const PayloadView& view, int64_t chunk) = 0;
+
   /** After each successful acquire: the panel is not read any more in this pass. Instead of an acquire: it never is.
    *  Whoever leaves panels out must say so, since what they share a piece with would stay held for others to wait for. */
   virtual void release(int64_t panel) = 0;

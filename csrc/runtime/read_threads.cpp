@@ -1,8 +1,11 @@
 #include "runtime/read_threads.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
+
+#include "base/fork_safe.h"
 
 namespace dcext {
 namespace {
@@ -106,8 +109,15 @@ void ReadThreads::loop() {
 }
 
 ReadThreads& default_read_threads() {
-  static ReadThreads* const kThreads = new ReadThreads(kReadThreads);  // never destroyed
-  return *kThreads;
+  // Never destroyed. A forked child leaks the parent's: its threads do not exist there, and its locks may be held.
+  static ReadThreads* threads = nullptr;
+  static pid_t owner = -1;
+  const std::lock_guard<std::mutex> lock(fork_safe_mutex<ReadThreads>());
+  if (threads == nullptr || owner != getpid()) {
+    threads = new ReadThreads(kReadThreads);
+    owner = getpid();
+  }
+  return *threads;
 }
 
 }  // namespace dcext

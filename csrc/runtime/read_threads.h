@@ -67,7 +67,7 @@ class ReadThreads {
 };
 
 /** The library's, of kReadThreads threads, started when it is first asked for; they live until the process ends.
- *  A child after fork() has none: what was made before it must not be used there. */
+ *  A child after fork() starts its own; clients of the parent's must not be used there. */
 ReadThreads& default_read_threads();
 constexpr int kReadThreads = 4;
 

@@ -32,8 +32,8 @@ PanelPieces PanelPieces::cut(const PayloadView& head, ReadSource* source, int64_
 }
 
 StreamedPanels::StreamedPanels(WeightStream& stream, int64_t unit, const PayloadView& head,
-                               const PanelPieces& pieces)
-    : stream_(stream), unit_(unit), head_(head), pieces_(pieces) {}
+                               const PanelPieces& pieces, FormatChecks& formats)
+    : stream_(stream), unit_(unit), head_(head), pieces_(pieces), formats_(formats) {}
 
 int64_t StreamedPanels::piece_of(int64_t panel) const {
   const auto& first = pieces_.first_panel;
@@ -86,6 +86,10 @@ Failure StreamedPanels::acquire(int64_t panel, PayloadView* view) {
   const int64_t offset = panel_begin(head_, pieces_.first_panel[piece]);
   *view = head_.with_chunks(data, static_cast<uint64_t>(offset));
   return {};
+}
+
+Failure StreamedPanels::check_format(const PayloadView& view, int64_t chunk) {
+  return formats_.check(view, chunk);
 }
 
 void StreamedPanels::release(int64_t panel) {

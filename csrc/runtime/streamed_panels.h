@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "codec/payload_decoder.h"
 #include "runtime/panel_source.h"
 #include "runtime/weight_stream.h"
 
@@ -23,13 +24,15 @@ struct PanelPieces {
 /** The panels of one call, as a stream brings them. Borrows everything. */
 class StreamedPanels final : public PanelSource {
  public:
-  /** @param pieces   those that `unit` of the stream was made of. */
+  /** @param pieces   those that `unit` of the stream was made of.
+   *  @param formats   of the payload, kept from call to call. */
   StreamedPanels(WeightStream& stream, int64_t unit, const PayloadView& head,
-                 const PanelPieces& pieces);
+                 const PanelPieces& pieces, FormatChecks& formats);
 
   void begin() override;
   void begin_some(const std::vector<int64_t>& panels) override;
   Failure acquire(int64_t panel, PayloadView* view) override;
+  Failure check_format(const PayloadView& view, int64_t chunk) override;
   void release(int64_t panel) override;
   void end() override;
 
@@ -42,6 +45,7 @@ class StreamedPanels final : public PanelSource {
   const int64_t unit_;
   const PayloadView& head_;
   const PanelPieces& pieces_;
+  FormatChecks& formats_;
   std::shared_ptr<WeightStream::Use> use_;
   std::vector<int64_t> some_;  // pieces of the use, ascending; empty: all
   std::unique_ptr<std::atomic<int64_t>[]>

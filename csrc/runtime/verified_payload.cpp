@@ -3,7 +3,7 @@
 namespace dcext {
 
 VerifiedPayload::VerifiedPayload(ReadSource& file, const PayloadView& head, int64_t offset)
-    : file_(file), head_(head), offset_(offset) {}
+    : file_(file), head_(head), offset_(offset), formats_(head.layout().num_chunks()) {}
 
 Failure VerifiedPayload::read(int64_t offset, int64_t nbytes, uint8_t* dst, const uint8_t** data) {
   if (const Failure bad = file_.read(offset, nbytes, dst, data); !bad.ok()) return bad;
@@ -20,6 +20,7 @@ Failure VerifiedPayload::read(int64_t offset, int64_t nbytes, uint8_t* dst, cons
   }
   for (int64_t i = first; i < head_.layout().num_chunks() && head_.chunk(i).offset < end; ++i) {
     if (const Failure bad = here.verify_chunk(i); !bad.ok()) return bad;
+    if (const Failure bad = formats_.check(here, i); !bad.ok()) return bad;
   }
   return {};
 }

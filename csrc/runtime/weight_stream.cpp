@@ -269,6 +269,7 @@ void WeightStream::end(const UsePtr& use) {
 }
 
 void WeightStream::close() {
+  if (!is_usable()) return;  // the parent's threads may hold the lock for ever
   const std::lock_guard<std::mutex> lock(mutex_);
   closed_ = true;
   for (auto& [thread, order] : orders_) {
@@ -279,7 +280,8 @@ void WeightStream::close() {
 }
 
 StreamStatistics WeightStream::statistics() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
+  if (is_usable()) lock.lock();  // else nothing changes any more, and the lock may be held for ever
   StreamStatistics found = statistics_;
   // What goes on now counts too: where the disk is never idle, its time would not be counted for long.
   if (readers_ > 0) found.reading_ns += now_ns() - reading_since_;

@@ -88,7 +88,8 @@ class WeightStream final : public ReadThreads::Client {
   /** Drops all that was prefetched and lets all users, waiting or to come, fail with kClosed. */
   void close();
 
-  /** False in a child of the process that made the stream, where there are no threads to read: use nothing then. */
+  /** False in a child of the process that made the stream, where there are no threads to read: use nothing then but
+   *  `close`, which does nothing, and `statistics`, which are those of the moment of the fork. */
   bool is_usable() const;
 
   const std::vector<Piece>& pieces(int64_t unit) const { return units_[unit]; }

@@ -12,6 +12,7 @@ from torch import Tensor
 from dcext.config import ACTIVATIONS
 from dcext.kernels.activation_kernels import quantize, scale
 from dcext.kernels.activations import quantize_tile, scale_tile
+from dcext.kernels.dispatch import to_autocast_dtype
 from dcext.kernels.int8_gemm_tuning import token_bucket, tuned_multiply
 
 __all__ = ["int8_linear"]
@@ -189,6 +190,18 @@ def _(
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
+# Not register_autocast, which would cast scales and outlier columns too.
+_autocast_library = torch.library.Library("dcext", "IMPL")
+for _key in (torch._C.DispatchKey.AutocastCUDA, torch._C.DispatchKey.AutocastCPU):
+
+    def _autocast(x: Tensor, *others: Any, key: torch._C.DispatchKey = _key) -> Tensor:
+        x = to_autocast_dtype(x)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return _int8_linear(x, *others)
+
+    _autocast_library.impl("int8_linear", _autocast, _key.name)
+
+
 def int8_linear(
     x: Tensor,
     qweight: Tensor,
@@ -204,6 +217,9 @@ def int8_linear(
     sums are exact in int32, and without outlier columns outputs are the bits of ``dcext::linear``. With ``"none"``
     (W8A16), ``x * col_scale`` and the weights are of the dtype of ``x``, and sums are float32. The order of float sums
     depends on sizes and on the tiles that were found to be fastest (see ``int8_gemm_tuning``), and on nothing else.
+
+    There are no gradients: where an argument requires one, backward raises ``RuntimeError``. Under autocast ``x`` takes
+    its dtype.
 
     The same as ``torch.ops.dcext.int8_linear``, which takes the two tensors of ``outliers`` one by one and has no defaults.
 

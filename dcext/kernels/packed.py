@@ -13,6 +13,7 @@ from dcext.config import ACTIVATIONS
 from dcext.kernels import packed_kernels as kernels
 from dcext.kernels.activation_kernels import quantize, scale
 from dcext.kernels.activations import quantize_tile, scale_tile
+from dcext.kernels.dispatch import to_autocast_dtype, without_gradient
 from dcext.kernels.packed_weight import GROUP_COLS, PackedWeight
 
 __all__ = ["PackedWeight", "packed_linear"]
@@ -40,7 +41,9 @@ def packed_linear(
 
     With ``activations="int8"`` each token is quantized to int8 first, as ``dcext::quantize_activations`` does; sums
     are exact in int32, and outputs are the bits of ``dcext::linear``. With ``"none"``, ``x * col_scale`` and the weights
-    are of the dtype of ``x``, and sums are float32 in an order that depends on the number of tokens alone.
+    are of the dtype of ``x``, and sums are float32 in an order that depends on the number of tokens alone. There are no
+    gradients: where an argument requires one, backward raises ``NotImplementedError``. Under autocast ``x`` takes its
+    dtype.
 
     Args:
         x: ``(..., in_features)`` on the device of ``weight``; float32, bfloat16 or float16 for ``"int8"``, bfloat16 or
@@ -58,6 +61,7 @@ def packed_linear(
     Raises:
         ValueError: a shape, dtype, device or name is not as above.
     """
+    x = to_autocast_dtype(x)
     _check(x, weight, row_scale, col_scale, bias, activations)
     rows, cols = weight.shape
     tokens = x.reshape(-1, cols).contiguous()
@@ -68,7 +72,8 @@ def packed_linear(
             has_exceptions = weight.exceptions is not None
             prepared = _prepare(tokens, col_scale, activations, config, has_exceptions)
             _multiply(prepared, weight, row_scale, bias, y, config)
-    return y.reshape(*x.shape[:-1], rows)
+    y = y.reshape(*x.shape[:-1], rows)
+    return without_gradient("packed_linear", y, x, row_scale, col_scale, bias)
 
 
 def _config(tokens: int, itemsize: int) -> dict[str, int]:

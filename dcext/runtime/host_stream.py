@@ -106,7 +106,8 @@ class HostStream:
     def is_for(self, names: Sequence[str], slots_nbytes: int, page_cache: bool) -> bool:
         """Whether a stream that is made anew for these layers of the same model would be equal."""
         wanted = (tuple(names), slots_nbytes, page_cache)
-        return (self.names, self._requested_nbytes, self.page_cache) == wanted
+        same = (self.names, self._requested_nbytes, self.page_cache) == wanted
+        return same and self.native.is_usable  # a forked child makes its own
 
     def statistics(self) -> StreamStatistics:
         """What was done so far."""
