@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,22 +11,29 @@ from torch import Tensor, nn
 
 from dcext.calibrate.blocks import (
     Block,
-    block_inputs,
+    Call,
+    Trace,
     find_blocks,
     input_hooks,
-    linear_layers,
-    run_block,
+    layer_rows,
+    same_rows,
+    trace_calls,
+    walk,
 )
+from dcext.calibrate.inputs import Calibration, ModelInputs, calibrating, model_inputs
+from dcext.calibrate.kept import load_block, pack_sensitivity, save_block, unpack_sensitivity
 from dcext.calibrate.recipes import CodedLayer, PaperRecipe, RateRecipe
+from dcext.calibrate.repeated import later_statistics
 from dcext.calibrate.resume import ResumeFolder
 from dcext.calibrate.sensitivity import Sensitivity, measure_sensitivity
 from dcext.calibrate.source import BlockSource
+from dcext.calibrate.tree import tensors_in
 from dcext.config import CompressionConfig
-from dcext.quantize.quantized import QuantizedWeight
-from dcext.quantize.rate import WeightSample
-from dcext.quantize.report import LayerReport
+from dcext.nn.matrix import matrix_of, set_matrix_
+from dcext.quantize.statistics import InputStatistics
 
 SENSITIVITY_TOKENS = 8192
+SENSITIVITY_SHARE = 0.35  # of all work with recipe ``rate``
 
 EmitFn = Callable[[str, CodedLayer], None]
 ProgressFn = Callable[[str, float], None]
@@ -39,17 +46,18 @@ class Job:
     Attributes:
         model: possibly on the meta device.
         source: gives the weights of its blocks.
-        calibration: ``(windows, tokens)`` int64, or float inputs.
+        calibration: as for ``model_inputs``.
         config: recipe ``rate`` or ``paper``.
-        names: the layers to compress; other linear layers in the blocks stay.
-        emit: called with each layer's name and what became of it, once its block is done.
+        names: the layers to compress; other layers in the blocks stay.
+        emit: called with each layer's name and what became of it, once no more of its blocks is to run. Layers that
+            share a weight are given the same.
         progress: called with a label and the share of this job that was just done.
         resume: where steps are kept, or None.
     """
 
     model: nn.Module
     source: BlockSource
-    calibration: Tensor
+    calibration: Calibration
     config: CompressionConfig
     names: set[str]
     emit: EmitFn
@@ -64,116 +72,323 @@ def stream_dtype() -> torch.dtype:
 
 
 def compress_blocks(job: Job) -> list[dict[str, float]]:
-    """Compresses the linear layers of all blocks, in order.
+    """Compresses the layers ``job.names``, in the order in which the model calls the blocks that hold them.
+
+    Each block is calibrated on what the compressed blocks before it give, whatever lies between them; so a decoder
+    attends to the compressed encoder. Layers that the calibration set does not reach are rounded without data.
 
     Returns:
         Recipe ``paper``'s table of alphas; empty for ``rate``.
 
     Raises:
-        ValueError: the model does not call its blocks one after the other.
+        ValueError: a calibration set that the model does not take, weights that are not finite, a model that calls its
+            blocks now and then differently.
     """
-    blocks = find_blocks(job.model)
-    recipe: RateRecipe | PaperRecipe
-    if job.config.recipe == "rate":
-        share = 0.35
-        sensitivity = _sensitivity(job, blocks, share)
-        recipe = RateRecipe(job.config, sensitivity)
-        _run(job, blocks, recipe, 1 - share)
-        return []
-    recipe = PaperRecipe(job.config)
-    if job.config.alpha == "model":
-        _run(job, blocks, recipe, 0.5, trial=True)
-        recipe.choose_alpha()
-        _run(job, blocks, recipe, 0.5)
-    else:
-        _run(job, blocks, recipe, 1.0)
-    return recipe.alphas()
+    inputs = model_inputs(job.model, job.calibration)
+    with calibrating(job.model):
+        trace = trace_calls(job.model, find_blocks(job.model), job.source, inputs, stream_dtype())
+        recipe: RateRecipe | PaperRecipe
+        if job.config.recipe == "rate":
+            recipe = RateRecipe(job.config, _sensitivity(job, inputs, trace, SENSITIVITY_SHARE))
+            _Run(job, inputs, trace, recipe, 1 - SENSITIVITY_SHARE).run()
+            return []
+        recipe = PaperRecipe(job.config)
+        if job.config.alpha == "model":
+            _Run(job, inputs, trace, recipe, 0.5, trial=True).run()
+            recipe.choose_alpha()
+            _Run(job, inputs, trace, recipe, 0.5).run()
+        else:
+            _Run(job, inputs, trace, recipe, 1.0).run()
+        return recipe.alphas()
 
 
-def _run(
-    job: Job,
-    blocks: list[Block],
-    recipe: RateRecipe | PaperRecipe,
-    share: float,
-    trial: bool = False,
-) -> None:
-    """Passes over all blocks; with ``trial`` only the recipe's alphas are tried, and nothing is quantized."""
-    resume = None if trial else job.resume
-    dtype = stream_dtype()
-    with job.source.skeleton():
-        hidden = block_inputs(job.model, blocks, job.calibration)
-    hidden = hidden.to(dtype) if hidden.is_floating_point() else hidden
-    done = 0
-    loaded = None if resume is None else resume.load("hidden")
-    if resume is not None and loaded is not None:
-        hidden, done = loaded[0]["hidden"], loaded[1]["blocks"]
-        coded_names = []
-        for i in range(done):
-            coded = _load_block(resume, i)
-            coded_names += list(coded)
-            _emit(job, coded, share / len(blocks))
-        recipe.restore(loaded[1]["recipe"], coded_names)
-    for i, block in enumerate(blocks[done:], done):
-        coded, hidden = _run_block(job, block, recipe, hidden, dtype, trial)
-        if resume is not None:
-            _save_block(resume, i, coded)
-            meta = {"blocks": i + 1, "recipe": recipe.state()}
-            resume.save("hidden", {"hidden": hidden}, meta)
-            coded = _load_block(resume, i)  # mapped from the file: memory holds one block
-        _emit(job, coded, share / len(blocks))
+class _ReplayError(Exception):
+    """What was kept of the calls that are done does not do for the next one."""
 
 
-def _emit(job: Job, coded: dict[str, CodedLayer], share: float) -> None:
-    for name, layer in coded.items():
-        job.emit(name, layer)
-    job.progress(next(iter(coded), ""), share)
+class _Run:
+    """One pass over all blocks."""
 
+    def __init__(
+        self,
+        job: Job,
+        inputs: ModelInputs,
+        trace: Trace,
+        recipe: RateRecipe | PaperRecipe,
+        share: float,
+        trial: bool = False,
+    ) -> None:
+        """Prepares a pass; with ``trial`` only the recipe's alphas are tried, and nothing is quantized."""
+        self._job = job
+        self._inputs = inputs
+        self._trace = trace
+        self._recipe = recipe
+        self._share = share
+        self._trial = trial
+        self._resume = None if trial else job.resume
+        self._dtype = stream_dtype()
+        self._coded: dict[str, CodedLayer] = {}  # by owner, until they are emitted
+        self._emitted: set[str] = set()
+        self._names: dict[str, list[str]] = {}  # of the layers to compress, by owner
+        for name in job.names:
+            self._names.setdefault(trace.owners.get(name, name), []).append(name)
+        some = inputs.spread(SENSITIVITY_TOKENS)
+        self._later = later_statistics(
+            job.model, job.source, some, trace, self._dtype, recipe.statistics
+        )
+        self._later_weight = inputs.windows / some.windows
+        self._replay: _Replay | None = None
+        self._chain = _Chain()
 
-@torch.no_grad()
-def _run_block(
-    job: Job,
-    block: Block,
-    recipe: RateRecipe | PaperRecipe,
-    hidden: Tensor,
-    dtype: torch.dtype,
-    trial: bool,
-) -> tuple[dict[str, CodedLayer], Tensor]:
-    """Quantizes a block's layers as their inputs come by; returns them and the block's output."""
-    with job.source.weights(block):
-        weights = {
-            name: layer.weight.detach().float()
-            for name, layer in linear_layers(block).items()
-            if name in job.names
-        }
-    for name, weight in weights.items():
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{name}: weight: expected finite values, got NaN or inf")
-    coded: dict[str, CodedLayer] = {}
-    with job.source.working_copy(block, dtype) as module:
-        layers = linear_layers(Block(block.name, module))
+    def run(self) -> None:
+        """Runs it, from where an earlier pass was interrupted."""
+        calls = len(self._trace.sequence)
+        if self._resume is not None:
+            self._replay = _Replay.load(self._resume)
+        try:
+            self._walk(calls)
+        except _ReplayError:
+            assert self._replay is not None
+            self._replay.hidden = None  # run the calls that are done again
+            self._walk(calls)
+        if self._resume is not None and (self._replay is None or self._replay.calls < calls):
+            self._resume.save("state", {}, {"calls": calls, "recipe": self._recipe.state()})
+        if not self._trial:
+            self._round_unreached()
 
-        def quantize(names: list[str], x: Tensor) -> None:
-            statistics = recipe.statistics(x.shape[-1])
-            statistics.update(x)
-            group = {name: weights[name] for name in names}
-            if trial and isinstance(recipe, PaperRecipe):
-                recipe.try_alphas(group, statistics)
+    def _walk(self, calls: int) -> None:
+        if self._replay is not None:
+            self._restore(self._replay)
+            if self._replay.calls == calls:
+                for index in range(calls):
+                    self._emit(index)
                 return
-            result = recipe.quantize_group(group, statistics)
-            coded.update(result)
-            if recipe.feeds_back:
-                for name, layer in result.items():
-                    layers[name].weight.copy_(layer.quantized.dequantize())
+        self._chain = _Chain()
+        count = 0
 
-        visitor = _GroupVisitor(set(weights), recipe.groups, quantize)
-        with input_hooks(layers, visitor.visit):
-            hidden = run_block(block, module, hidden)
-        visitor.flush()
-    if not trial:
-        for name in [name for name in weights if name not in coded]:
-            reason = "no calibration token reached the layer"
-            coded[name] = recipe.fall_back(name, weights[name], reason)
-    return {name: coded[name] for name in weights if name in coded}, hidden
+        def on_call(call: Call) -> Any:
+            nonlocal count
+            count += 1
+            expected = self._trace.sequence[call.index]
+            if call.block.name != expected:
+                raise ValueError(
+                    f"calibration: expected the same calls of blocks for all inputs, {expected} as number "
+                    f"{call.index}, got {call.block.name}"
+                )
+            return self._on_call(call)
+
+        model, blocks = self._job.model, self._trace.blocks
+        with self._job.source.skeleton(blocks), torch.no_grad():
+            walk(model, blocks, self._inputs, on_call, self._dtype, calls)
+        if count != calls:
+            raise ValueError(
+                f"calibration: expected {calls} calls of blocks for all inputs, got {count}"
+            )
+
+    def _restore(self, replay: _Replay) -> None:
+        assert self._resume is not None
+        done: list[str] = []
+        for index in range(replay.calls):
+            coded = load_block(self._resume, index)
+            self._coded.update(coded)
+            done += list(coded)
+        self._recipe.restore(replay.recipe, done)
+
+    def _on_call(self, call: Call) -> Any:
+        replay = self._replay
+        if replay is not None and call.index < replay.calls:
+            return self._run_done(call, replay)
+        if replay is not None and call.index == replay.calls:
+            replay.check(call)
+            for index in range(call.index):
+                self._emit(index)
+        self._chain.enter(call)
+        if self._resume is not None and call.index > (0 if replay is None else replay.calls):
+            state = {"calls": call.index, "recipe": self._recipe.state()}
+            hidden = self._chain.hidden
+            tensors = {} if hidden is None else {"hidden": hidden}
+            self._resume.save("state", tensors, {**state, "form": self._chain.form})
+        coded, output = self._quantize(call)
+        if self._resume is not None:
+            save_block(self._resume, call.index, coded)
+            coded = load_block(self._resume, call.index)  # mapped: memory holds one block
+        self._coded.update(coded)
+        self._chain.leave(output)
+        self._emit(call.index)
+        return output
+
+    def _run_done(self, call: Call, replay: _Replay) -> Any:
+        """What a call that is done returns."""
+        output = replay.output(call)
+        if output is None:
+            with self._job.source.working_copy(call.block, self._dtype) as module:
+                if self._recipe.feeds_back:
+                    self._write_back(self._trace.layers(replace(call.block, module=module)))
+                output = module(*call.args, **call.kwargs)
+        self._chain.enter(call)
+        self._chain.leave(output)
+        return output
+
+    def _write_back(self, layers: dict[str, nn.Module]) -> None:
+        for name, layer in layers.items():
+            if name in self._coded:
+                set_matrix_(layer, self._coded[name].dequantize())
+
+    def _quantize(self, call: Call) -> tuple[dict[str, CodedLayer], Any]:
+        """Quantizes a block's layers as their inputs come by; returns them and the block's output."""
+        weights = self._weights(call.block)
+        coded: dict[str, CodedLayer] = {}
+        with self._job.source.working_copy(call.block, self._dtype) as module:
+            layers = self._trace.layers(replace(call.block, module=module))
+            if self._recipe.feeds_back:
+                self._write_back(layers)
+
+            def quantize(names: list[str], x: Tensor) -> None:
+                group = {name: weights[name] for name in names}
+                result = self._quantize_group(group, layers, x)
+                coded.update(result)
+                if self._recipe.feeds_back:
+                    for name, layer in result.items():
+                        set_matrix_(layers[name], layer.quantized.dequantize())
+
+            visitor = _GroupVisitor(set(weights), self._recipe.groups, quantize)
+            with input_hooks(layers, visitor.visit):
+                output = module(*call.args, **call.kwargs)
+            visitor.flush()
+        if not self._trial:
+            for name in [name for name in weights if name not in coded]:
+                if self._trace.last_call[name] == call.index:
+                    reason = "no calibration token reached the layer"
+                    coded[name] = self._recipe.fall_back(name, weights[name], reason)
+        return {name: coded[name] for name in weights if name in coded}, output
+
+    def _weights(self, block: Block) -> dict[str, Tensor]:
+        """The matrices of a block's layers that are still to be compressed, in float32."""
+        with self._job.source.weights(block):
+            layers = self._trace.layers(block)
+            weights = {
+                name: matrix_of(layer).float()
+                for name, layer in layers.items()
+                if name in self._names and name not in self._coded and name not in self._emitted
+            }
+        for name, weight in weights.items():
+            if not bool(torch.isfinite(weight).all()):
+                raise ValueError(f"{name}: weight: expected finite values, got NaN or inf")
+        return weights
+
+    def _quantize_group(
+        self, weights: dict[str, Tensor], layers: dict[str, nn.Module], x: Tensor
+    ) -> dict[str, CodedLayer]:
+        first = next(iter(weights))
+        rows = layer_rows(layers[first], x)
+        if rows is None:
+            reason = "a convolution over patches that overlap, are padded or of channels in groups"
+            return {
+                name: self._recipe.fall_back(name, weight, reason)
+                for name, weight in weights.items()
+                if not self._trial
+            }
+        statistics: InputStatistics = self._recipe.statistics(rows.shape[-1])
+        statistics.update(rows)
+        if first in self._later:
+            statistics.add(self._later[first], self._later_weight)
+        if self._trial and isinstance(self._recipe, PaperRecipe):
+            self._recipe.try_alphas(weights, statistics)
+            return {}
+        return self._recipe.quantize_group(weights, statistics)
+
+    def _emit(self, index: int) -> None:
+        """Gives away the layers that no later call of a block needs."""
+        ready = [name for name in self._coded if self._trace.last_call[name] <= index]
+        for name in ready:
+            self._give_away(name, self._coded.pop(name))
+        label = self._names[ready[0]][0] if ready else self._trace.sequence[index]
+        self._job.progress(label, self._share / len(self._trace.sequence))
+
+    def _give_away(self, owner: str, coded: CodedLayer) -> None:
+        self._emitted.add(owner)
+        for name in sorted(self._names[owner], key=lambda name: name != owner):
+            self._job.emit(name, coded)
+
+    def _round_unreached(self) -> None:
+        """Layers outside of every block that was called."""
+        for owner in [name for name in self._names if name not in self._emitted]:
+            block = Block(owner, self._job.model.get_submodule(owner))
+            with self._job.source.weights(block):
+                weight = matrix_of(block.module).float()
+            reason = "no calibration input reached its block"
+            self._give_away(owner, self._recipe.fall_back(owner, weight, reason))
+
+
+class _Chain:
+    """Whether each call so far was given just what the one before returned, so that this is all that need be kept.
+
+    Attributes:
+        hidden: what was returned last; None where the calls are no such chain.
+        form: ``"tensor"`` or ``"tuple"``: how it was returned.
+    """
+
+    def __init__(self) -> None:
+        self.hidden: Tensor | None = None
+        self.form = ""
+        self._is_chain = True
+
+    def enter(self, call: Call) -> None:
+        """Takes a call before it is made."""
+        if call.index and call.hidden is not self.hidden:
+            self._is_chain, self.hidden = False, None
+
+    def leave(self, output: Any) -> None:
+        """Takes what the call returned."""
+        tensors = tensors_in(output)
+        self._is_chain = (
+            self._is_chain and isinstance(output, (Tensor, tuple)) and len(tensors) == 1
+        )
+        self.hidden = tensors[0] if self._is_chain else None
+        self.form = "tensor" if isinstance(output, Tensor) else "tuple"
+
+
+@dataclass
+class _Replay:
+    """The calls that an interrupted pass has done.
+
+    Attributes:
+        calls: how many.
+        recipe: the recipe's state after them.
+        hidden: what the last one returned, if no other one matters: then none need be run again.
+        form: as in ``_Chain``.
+    """
+
+    calls: int
+    recipe: dict[str, Any]
+    hidden: Tensor | None
+    form: str
+
+    @classmethod
+    def load(cls, resume: ResumeFolder) -> _Replay | None:
+        """What was kept; None for nothing."""
+        loaded = resume.load("state")
+        if loaded is None or loaded[1]["calls"] == 0:
+            return None
+        tensors, meta = loaded
+        return cls(meta["calls"], meta["recipe"], tensors.get("hidden"), meta.get("form", ""))
+
+    def output(self, call: Call) -> Any:
+        """What a call returns without being run: what was kept, or NaN, which must not matter; None if it has to run."""
+        if self.hidden is None:
+            return None
+        value = self.hidden
+        if call.index < self.calls - 1:
+            value = torch.full((), torch.nan, dtype=value.dtype).expand(value.shape)
+        return value if self.form == "tensor" else (value,)
+
+    def check(self, call: Call) -> None:
+        """Raises where the first call to be made depends on one that was not run."""
+        if self.hidden is None:
+            return
+        inputs = [t for t in tensors_in((call.args, call.kwargs)) if t.is_floating_point()]
+        if any(bool(torch.isnan(tensor).any()) for tensor in inputs):
+            raise _ReplayError
 
 
 class _GroupVisitor:
@@ -193,135 +408,56 @@ class _GroupVisitor:
         self._known = known
         self._quantize = quantize
         self._pending: list[str] = []
-        self._input: Tensor | None = None
+        self._input: tuple[nn.Module, Tensor] | None = None
 
-    def visit(self, name: str, x: Tensor) -> None:
+    def visit(self, name: str, layer: nn.Module, x: Tensor) -> None:
         """Takes a layer that is about to run on ``x``; a second call of the same layer is ignored."""
         if name not in self._waiting:
             return
-        if self._input is not x:
+        last = self._input
+        if last is not None and (last[1] is not x or not same_rows(last[0], layer)):
             self.flush()
         members = [name] if self._known is None else self._known.get(name, [name])
         members = [member for member in members if member in self._waiting]
         self._waiting.difference_update(members)
         self._pending += members
-        self._input = x
+        self._input = (layer, x)
         if self._known is not None:
             self.flush()
 
     def flush(self) -> None:
         """Quantizes what is pending."""
         if self._pending and self._input is not None:
-            self._quantize(self._pending, self._input)
+            self._quantize(self._pending, self._input[1])
         self._pending, self._input = [], None
 
 
-def _sensitivity(job: Job, blocks: list[Block], share: float) -> Sensitivity:
+def _sensitivity(job: Job, inputs: ModelInputs, trace: Trace, share: float) -> Sensitivity:
     """The sensitivity pass, or what an interrupted job kept of it; layers not to be compressed are left out."""
     loaded = None if job.resume is None else job.resume.load("sensitivity")
     if loaded is not None:
         job.progress("sensitivity", share)
-        return _unpack_sensitivity(*loaded)
-    step = share / (2 * len(blocks))
+        return unpack_sensitivity(*loaded)
+    step = share / (2 * len(trace.sequence))
     found = measure_sensitivity(
         job.model,
-        blocks,
+        trace.blocks,
         job.source,
-        _first_tokens(job.calibration, SENSITIVITY_TOKENS),
+        inputs.spread(SENSITIVITY_TOKENS).tensors,
         dtype=stream_dtype(),
         seed=job.config.seed,
         progress=lambda steps: job.progress("sensitivity", steps * step),
+        trace=trace,
     )
-    groups = [[name for name in group if name in job.names] for group in found.groups]
+    names = {trace.owners.get(name, name) for name in job.names}
+    groups = [[name for name in group if name in names] for group in found.groups]
     result = Sensitivity(
-        {name: value for name, value in found.output.items() if name in job.names},
+        {name: value for name, value in found.output.items() if name in names},
         [group for group in groups if group],
-        {name: value for name, value in found.samples.items() if name in job.names},
+        {name: value for name, value in found.samples.items() if name in names},
     )
     if job.resume is None:
         return result
-    job.resume.save("sensitivity", *_pack_sensitivity(result))
+    job.resume.save("sensitivity", *pack_sensitivity(result))
     loaded = job.resume.load("sensitivity")  # mapped from the file: memory is left to the blocks
-    return result if loaded is None else _unpack_sensitivity(*loaded)
-
-
-def _first_tokens(calibration: Tensor, tokens: int) -> Tensor:
-    """As many windows as hold at least so many tokens, spread evenly over the calibration set."""
-    per_window = 1 if calibration.is_floating_point() else calibration.shape[1]
-    count = min(calibration.shape[0], -(-tokens // per_window))
-    index = torch.arange(count) * calibration.shape[0] // count
-    return calibration[index]
-
-
-def _pack_sensitivity(value: Sensitivity) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {f"output/{name}": tensor for name, tensor in value.output.items()}
-    for name, sample in value.samples.items():
-        tensors[f"values/{name}"] = sample.values
-        tensors[f"rows/{name}"] = sample.rows
-        tensors[f"spread/{name}"] = sample.row_spread
-        tensors[f"units/{name}"] = sample.units
-        tensors[f"col_spread/{name}"] = sample.col_spread
-    shapes = {name: sample.shape for name, sample in value.samples.items()}
-    return tensors, {"groups": value.groups, "shapes": shapes}
-
-
-def _unpack_sensitivity(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Sensitivity:
-    output = {
-        name.removeprefix("output/"): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("output/")
-    }
-    samples = {
-        name: WeightSample(
-            tensors[f"values/{name}"],
-            tensors[f"rows/{name}"],
-            tensors[f"spread/{name}"],
-            tensors[f"units/{name}"],
-            tensors[f"col_spread/{name}"],
-            tuple(shape),
-        )
-        for name, shape in meta["shapes"].items()
-    }
-    return Sensitivity(output, meta["groups"], samples)
-
-
-def _save_block(resume: ResumeFolder, index: int, coded: dict[str, CodedLayer]) -> None:
-    tensors: dict[str, Tensor] = {}
-    shared: dict[str, str] = {}
-    owners: dict[int, str] = {}
-    for name, layer in coded.items():
-        quantized = layer.quantized
-        tensors[f"{name}/payload"] = layer.payload
-        for leaf in ("row_scale", "col_scale", "outlier_index", "outlier_weight"):
-            tensor = getattr(quantized, leaf)
-            if tensor is None:
-                continue
-            owner = owners.setdefault(id(tensor), name)
-            if owner == name:
-                tensors[f"{name}/{leaf}"] = tensor
-            else:
-                shared[name] = owner  # only col_scale is ever shared
-    reports = [asdict(layer.report) for layer in coded.values()]
-    resume.save(f"block-{index:05d}", tensors, {"reports": reports, "shared": shared})
-
-
-def _load_block(resume: ResumeFolder, index: int) -> dict[str, CodedLayer]:
-    loaded = resume.load(f"block-{index:05d}")
-    if loaded is None:
-        raise FileNotFoundError(f"{resume.path}: expected block {index}, found none")
-    tensors, meta = loaded
-    coded = {}
-    for row in meta["reports"]:
-        report = LayerReport(**{**row, "shape": tuple(row["shape"])})
-        name = report.name
-        owner = meta["shared"].get(name, name)
-        quantized = QuantizedWeight(
-            torch.empty(0, dtype=torch.int8),
-            tensors[f"{name}/row_scale"],
-            tensors.get(f"{owner}/col_scale"),
-            tensors.get(f"{name}/outlier_index"),
-            tensors.get(f"{name}/outlier_weight"),
-            report.fallback,
-        )
-        coded[name] = CodedLayer(tensors[f"{name}/payload"], quantized, report)
-    return coded
+    return result if loaded is None else unpack_sensitivity(*loaded)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcext.calibrate.sensitivity import Sensitivity
-from dcext.codec import encode, entropy, payload_info
+from dcext.codec import decode, encode, entropy, payload_info
 from dcext.config import CompressionConfig
 from dcext.nn.compressed import storage_form
 from dcext.quantize.control import RateController
@@ -39,6 +39,12 @@ class CodedLayer:
     payload: Tensor
     quantized: QuantizedWeight
     report: LayerReport
+
+    def dequantize(self) -> Tensor:
+        """The approximation of the weight, ``(N, K)`` float32."""
+        if self.quantized.qweight.numel():
+            return self.quantized.dequantize()
+        return replace(self.quantized, qweight=decode(self.payload)).dequantize()
 
 
 def code_layer(
