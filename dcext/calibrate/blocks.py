@@ -7,6 +7,7 @@ hand on and blocks that are called several times all are as they are in the mode
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -171,7 +172,8 @@ def walk(
     def intercepted(block: Block, args: Any, kwargs: Any) -> Any:
         nonlocal count
         entering = first_float((args, kwargs))
-        call = Call(count, block, stream.enter(args), stream.enter(kwargs))
+        args, kwargs = map(_without_cache, args), {k: _without_cache(v) for k, v in kwargs.items()}
+        call = Call(count, block, stream.enter(tuple(args)), stream.enter(kwargs))
         count += 1
         output = on_call(call)
         if count == calls:
@@ -186,6 +188,12 @@ def walk(
         with suppress(_StopEarlyError):
             return inputs.call(model)
     return None
+
+
+def _without_cache(value: Any) -> Any:
+    """None for a cache of keys and values, which some models make unasked: blocks run more than once on the same inputs."""
+    module = sys.modules.get("transformers.cache_utils")
+    return None if module is not None and isinstance(value, module.Cache) else value
 
 
 class _Stream:

@@ -22,7 +22,7 @@ from dcext.calibrate.blocks import (
 )
 from dcext.calibrate.inputs import Calibration, ModelInputs, calibrating, model_inputs
 from dcext.calibrate.kept import load_block, pack_sensitivity, save_block, unpack_sensitivity
-from dcext.calibrate.recipes import CodedLayer, PaperRecipe, RateRecipe
+from dcext.calibrate.recipes import UNREACHED, CodedLayer, PaperRecipe, RateRecipe
 from dcext.calibrate.repeated import later_statistics
 from dcext.calibrate.resume import ResumeFolder
 from dcext.calibrate.sensitivity import Sensitivity, measure_sensitivity
@@ -231,8 +231,10 @@ class _Run:
 
     def _write_back(self, layers: dict[str, nn.Module]) -> None:
         for name, layer in layers.items():
-            if name in self._coded:
-                set_matrix_(layer, self._coded[name].dequantize())
+            coded = self._coded.get(name)
+            # Layers that nothing reached were rounded after their block had run.
+            if coded is not None and not (coded.report.fallback or "").startswith(UNREACHED):
+                set_matrix_(layer, coded.dequantize())
 
     def _quantize(self, call: Call) -> tuple[dict[str, CodedLayer], Any]:
         """Quantizes a block's layers as their inputs come by; returns them and the block's output."""
@@ -258,8 +260,7 @@ class _Run:
         if not self._trial:
             for name in [name for name in weights if name not in coded]:
                 if self._trace.last_call[name] == call.index:
-                    reason = "no calibration token reached the layer"
-                    coded[name] = self._recipe.fall_back(name, weights[name], reason)
+                    coded[name] = self._recipe.fall_back(name, weights[name], UNREACHED)
         return {name: coded[name] for name in weights if name in coded}, output
 
     def _weights(self, block: Block) -> dict[str, Tensor]:

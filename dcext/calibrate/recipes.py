@@ -31,6 +31,9 @@ from dcext.quantize.rounding import quantize_absmax
 from dcext.quantize.statistics import InputStatistics
 from dcext.runtime.origin import to_weight_memory
 
+UNREACHED = "no calibration token reached the layer"
+LEAST_FALLBACK_BITS = 1.0
+
 
 @dataclass
 class CodedLayer:
@@ -321,8 +324,9 @@ class PaperRecipe:
 
 
 def fall_back(name: str, weight: Tensor, config: CompressionConfig, reason: str) -> CodedLayer:
-    """Rounds a layer without data at the target entropy, and says why in its report."""
-    quantized = round_data_free(weight, config.bits)
+    """Rounds a layer without data at the target, its scales counted, and says why in its report."""
+    scale_bits = 16 * weight.shape[0] / weight.numel()
+    quantized = round_data_free(weight, max(config.bits - scale_bits, LEAST_FALLBACK_BITS))
     quantized.fallback = f"{reason}: rounded without data"
     return code_layer(name, quantized, config, "rate")
 
@@ -330,7 +334,7 @@ def fall_back(name: str, weight: Tensor, config: CompressionConfig, reason: str)
 def _unusable(statistics: InputStatistics) -> str | None:
     """Why a layer's statistics cannot be calibrated on; None where they can."""
     if statistics.tokens == 0:
-        return "no calibration token reached the layer"
+        return UNREACHED
     if not statistics.finite:
         return "NaN or infinity in the layer's inputs"
     if statistics.zero:
