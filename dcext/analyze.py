@@ -12,20 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcext.calibrate.blocks import (
-    Block,
-    Call,
-    find_blocks,
-    input_hooks,
-    layer_rows,
-    linear_layers,
-    run_in_place,
-    same_rows,
-    trace_calls,
-    walk,
-)
+from dcext.calibrate.blocks import Block, Call, find_blocks, linear_layers, run_in_place, walk
 from dcext.calibrate.inputs import calibrating, model_inputs
+from dcext.calibrate.layers import input_hooks, layer_rows, same_rows
 from dcext.calibrate.source import BlockSource
+from dcext.calibrate.trace import trace_calls
 from dcext.codec import encode, entropy
 from dcext.find import find_matrices
 from dcext.nn.matrix import matrix_of

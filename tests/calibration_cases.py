@@ -156,7 +156,7 @@ def _bart(model_class: Any, config_class: Any, **changes: Any) -> nn.Module:
         encoder_ffn_dim=96,
         decoder_ffn_dim=96,
         vocab_size=VOCABULARY,
-        **{"max_position_embeddings": 32, **changes},
+        **{"max_position_embeddings": 32, "init_std": 0.1, **changes},
     )
     return made(model_class, config)
 

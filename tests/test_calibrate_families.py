@@ -6,18 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from calibration_cases import FAMILIES, Case, hf
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
-
-from calibration_cases import FAMILIES, Case
-
-from dcext.calibrate.blocks import Call, find_blocks, trace_calls, walk
+from dcext.calibrate.blocks import Call, find_blocks, walk
 from dcext.calibrate.inputs import ModelInputs, calibrating, model_inputs
 from dcext.calibrate.objective import output_gradients
 from dcext.calibrate.sensitivity import HEAD_WINDOWS, measure_sensitivity
 from dcext.calibrate.source import BlockSource
 from dcext.calibrate.stacks import owners
+from dcext.calibrate.trace import trace_calls
 from dcext.calibrate.tree import tensors_in
 from dcext.nn.matrix import is_multiplied
 from dcext.quantize.output_moment import diagonal
@@ -88,7 +86,7 @@ def test_sensitivity_is_that_of_autograd(case):
     """Through cross attention, projectors, skip connections, and layers that run several times."""
     model, calibration = case
     trained = [parameter.requires_grad for parameter in model.parameters()]
-    if isinstance(model, transformers.DebertaV2PreTrainedModel):
+    if isinstance(model, hf.DebertaV2PreTrainedModel):
         # Its positions are projected once for all windows, so that it matters which share a pass.
         calibration = calibration[:HEAD_WINDOWS]
     blocks = find_blocks(model)

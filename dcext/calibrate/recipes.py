@@ -32,7 +32,9 @@ from dcext.quantize.statistics import InputStatistics
 from dcext.runtime.origin import to_weight_memory
 
 UNREACHED = "no calibration token reached the layer"
-LEAST_FALLBACK_BITS = 1.0
+MOST_SCALE_BITS = (
+    0.5  # that fallbacks make up for: matrices of few columns are small and easily ruined
+)
 
 
 @dataclass
@@ -103,6 +105,11 @@ def pruned_share(weight: Tensor, quantized: QuantizedWeight) -> float:
     return float(pruned.float().mean())
 
 
+def rate_statistics(in_features: int) -> InputStatistics:
+    """What recipe ``rate`` learns of a layer's inputs."""
+    return InputStatistics(in_features, with_values=False, most_power=MOST_POWER)
+
+
 class RateRecipe:
     """Recipe ``rate``: equal slope over all layers, column steps from the inputs, error feedback."""
 
@@ -133,7 +140,7 @@ class RateRecipe:
 
     def statistics(self, in_features: int) -> InputStatistics:
         """What is to be learnt of a layer's inputs."""
-        return InputStatistics(in_features, with_values=False, most_power=MOST_POWER)
+        return rate_statistics(in_features)
 
     def quantize_group(
         self, weights: dict[str, Tensor], statistics: InputStatistics
@@ -325,8 +332,8 @@ class PaperRecipe:
 
 def fall_back(name: str, weight: Tensor, config: CompressionConfig, reason: str) -> CodedLayer:
     """Rounds a layer without data at the target, its scales counted, and says why in its report."""
-    scale_bits = 16 * weight.shape[0] / weight.numel()
-    quantized = round_data_free(weight, max(config.bits - scale_bits, LEAST_FALLBACK_BITS))
+    scale_bits = min(16 / weight.shape[1], MOST_SCALE_BITS)
+    quantized = round_data_free(weight, config.bits - scale_bits)
     quantized.fallback = f"{reason}: rounded without data"
     return code_layer(name, quantized, config, "rate")
 

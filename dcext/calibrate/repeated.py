@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcext.calibrate.blocks import Call, Trace, input_hooks, layer_rows, walk
+from dcext.calibrate.blocks import Call, walk
 from dcext.calibrate.inputs import ModelInputs
+from dcext.calibrate.layers import input_hooks, layer_rows
 from dcext.calibrate.source import BlockSource
+from dcext.calibrate.trace import Trace
 from dcext.quantize.statistics import InputStatistics
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,22 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcext.calibrate.blocks import (
-    Block,
-    Call,
-    Trace,
-    batch_dim,
-    has_rows,
-    input_hooks,
-    layer_rows,
-    output_rows,
-    same_rows,
-    trace_calls,
-    walk,
-)
+from dcext.calibrate.blocks import Block, Call, walk
 from dcext.calibrate.inputs import Calibration, ModelInputs, calibrating, model_inputs
+from dcext.calibrate.layers import has_rows, input_hooks, layer_rows, output_rows, same_rows
 from dcext.calibrate.objective import output_gradients
 from dcext.calibrate.source import BlockSource
+from dcext.calibrate.trace import Trace, batch_dim, trace_calls
 from dcext.calibrate.tree import map_tensors, tensors_in
 from dcext.nn.matrix import matrix_of
 from dcext.quantize.feedback import cholesky_factor
@@ -71,6 +61,7 @@ def measure_sensitivity(
     seed: int,
     progress: Callable[[int], None] = lambda steps: None,
     trace: Trace | None = None,
+    later: Mapping[str, InputStatistics] | None = None,
 ) -> Sensitivity:
     """One forward and one backward pass, block by block: a block's activations are computed again when they are needed.
 
@@ -88,11 +79,12 @@ def measure_sensitivity(
         seed: of labels or noise.
         progress: called with 1 after each call of a block, forward and backward.
         trace: from ``trace_calls``, if it was called already.
+        later: from ``later_statistics``, of layers that run several times.
     """
     inputs = model_inputs(model, calibration)
     with calibrating(model), _frozen(model):
         trace = trace or trace_calls(model, blocks, source, inputs, dtype)
-        measured = _Pass(model, source, inputs, trace, dtype, progress)
+        measured = _Pass(model, source, inputs, trace, dtype, progress, later or {})
         with source.skeleton(trace.blocks), torch.enable_grad():
             measured.forward()
             measured.head(torch.Generator().manual_seed(seed))
@@ -111,6 +103,7 @@ class _Pass:
         trace: Trace,
         dtype: torch.dtype,
         progress: Callable[[int], None],
+        later: Mapping[str, InputStatistics],
     ) -> None:
         self.result = Sensitivity()
         self._model = model
@@ -119,6 +112,7 @@ class _Pass:
         self._trace = trace
         self._dtype = dtype
         self._progress = progress
+        self._later = later
         self._noted: set[str] = set()
         self._records: list[_Record] = []
         self._moments: dict[str, OutputMoment] = {}
@@ -136,7 +130,7 @@ class _Pass:
 
     def _forward(self, call: Call) -> Any:
         """Runs a block; notes which layers share an input, and that input's statistics."""
-        notes = _Notes(self.result, self._noted)
+        notes = _Notes(self.result, self._noted, self._later)
         with self._source.working_copy(call.block, self._dtype) as module, torch.no_grad():
             layers = self._trace.layers(replace(call.block, module=module))
             with input_hooks(layers, notes.visit):
@@ -291,9 +285,12 @@ class _Piece:
 class _Notes:
     """Of one call: the groups of layers that read the same tensor, and samples of their weights."""
 
-    def __init__(self, result: Sensitivity, noted: set[str]) -> None:
+    def __init__(
+        self, result: Sensitivity, noted: set[str], later: Mapping[str, InputStatistics]
+    ) -> None:
         self._result = result
         self._noted = noted
+        self._later = later
         self._seen = 0
         self._last: tuple[nn.Module, Tensor] | None = None
         self._pivots: Tensor | None = None
@@ -310,7 +307,7 @@ class _Notes:
             self._result.groups.append([name])
             self._last = (layer, x)
             rows = layer_rows(layer, x)
-            self._pivots = None if rows is None else _pivots(rows)
+            self._pivots = None if rows is None else _pivots(rows, self._later.get(name))
         if self._pivots is not None:
             weight = matrix_of(layer)
             self._result.samples[name] = sample_weights(weight, self._pivots, seed=self._seen)
@@ -359,10 +356,17 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _pivots(x: Tensor) -> Tensor | None:
-    """``L_kk`` of each input, in the inputs' own order; None where the second moment is unusable."""
+def _pivots(x: Tensor, later: InputStatistics | None) -> Tensor | None:
+    """``L_kk`` of each input, in the inputs' own order; None where the second moment is unusable.
+
+    Args:
+        x: what a layer is run on first.
+        later: of what it is run on after that.
+    """
     statistics = InputStatistics(x.shape[-1], with_values=False, most_power=MOST_POWER)
     statistics.update(x)
+    if later is not None:
+        statistics.add(later)
     try:
         moment = statistics.second_moment
         order = rounding_order(moment)
