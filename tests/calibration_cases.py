@@ -1,13 +1,26 @@
-"""Tiny random models of many families, each with a calibration set for it."""
+"""Tiny random models of many families, each with a calibration set for it, and what calibration makes of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
+
+import dcext
+from dcext.calibrate.driver import Job, compress_blocks
+from dcext.calibrate.inputs import model_inputs
+from dcext.calibrate.recipes import CodedLayer
+from dcext.calibrate.resume import ResumeFolder
+from dcext.calibrate.source import BlockSource
+from dcext.calibrate.stacks import find_blocks, linear_layers
+from dcext.calibrate.tree import first_float
+from dcext.nn.matrix import matrix_of, set_matrix_
+from dcext.quantize.data_free import round_data_free
+
+hf = pytest.importorskip("transformers")
 
 Case = tuple[nn.Module, Any]
 VOCABULARY = 128
@@ -28,10 +41,10 @@ VISION = {
 }
 
 
-def ids(windows: int = 6, tokens: int = 12, seed: int = 1, low: int = 3) -> Tensor:
-    return torch.randint(
-        low, VOCABULARY, (windows, tokens), generator=torch.Generator().manual_seed(seed)
-    )
+def ids(windows: int = 6, tokens: int = 12, seed: int = 1) -> Tensor:
+    """Tokens from 3 on, as unequally frequent as words are."""
+    uniform = torch.rand((windows, tokens), generator=torch.Generator().manual_seed(seed))
+    return (3 + (VOCABULARY - 3) * uniform.pow(2)).long()
 
 
 def floats(*shape: int, seed: int = 1) -> Tensor:
@@ -415,3 +428,60 @@ FAMILIES: dict[str, Callable[[], Case]] = {
     "unet": unet,
     "containers": containers,
 }
+
+
+def no_progress(label: str, share: float) -> None:
+    """Reports nothing."""
+
+
+def calibrate(
+    model: nn.Module,
+    calibration: Any,
+    config: dcext.CompressionConfig,
+    resume: ResumeFolder | None = None,
+    progress: Callable[[str, float], None] = no_progress,
+    source: BlockSource | None = None,
+) -> dict[str, CodedLayer]:
+    """Compresses the layers of a model's blocks and gives it the approximations as weights."""
+    coded: dict[str, CodedLayer] = {}
+
+    def emit(name: str, layer: CodedLayer) -> None:
+        coded[name] = layer
+        if source is None:
+            set_matrix_(model.get_submodule(name), layer.dequantize())
+
+    names = {name for block in find_blocks(model) for name in linear_layers(block)}
+    source_or_memory = source or BlockSource()
+    compress_blocks(
+        Job(model, source_or_memory, calibration, config, names, emit, progress, resume)
+    )
+    assert set(coded) == names
+    return coded
+
+
+def stored_bits(model: nn.Module, coded: dict[str, CodedLayer]) -> float:
+    """Bits per weight, what is shared counted once."""
+    layers = {id(layer): (name, layer) for name, layer in coded.items()}.values()
+    weights = sum(matrix_of(model.get_submodule(name)).numel() for name, _ in layers)
+    return 8 * sum(layer.report.stored_nbytes for _, layer in layers) / weights
+
+
+def round_without_data(model: nn.Module, bits: float) -> None:
+    """Recipe ``data-free`` on the layers of a model's blocks, their scales counted but not the coder's excess."""
+    for block in find_blocks(model):
+        for layer in linear_layers(block).values():
+            weight = matrix_of(layer).float()
+            quantized = round_data_free(weight, bits - 16 / weight.shape[1])
+            set_matrix_(layer, quantized.dequantize())
+
+
+@torch.no_grad()
+def output_of(model: nn.Module, calibration: Any) -> Tensor:
+    """The first floating-point tensor that a model returns: logits, or hidden states."""
+    output = first_float(model_inputs(model, calibration).call(model))
+    assert output is not None
+    return output
+
+
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    return float((output - expected).norm() / expected.norm())
