@@ -72,6 +72,20 @@ def gemma3() -> Case:
     return decoder("gemma3_text", num_key_value_heads=2, sliding_window=8)
 
 
+def gemma4() -> Case:
+    """Later layers read the keys and values of earlier ones from a dict."""
+    return decoder(
+        "gemma4_text",
+        num_hidden_layers=4,
+        num_key_value_heads=2,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        global_head_dim=16,
+    )
+
+
 def mixtral() -> Case:
     return decoder("mixtral", num_local_experts=4, num_key_value_heads=2)
 
@@ -399,6 +413,7 @@ FAMILIES: dict[str, Callable[[], Case]] = {
     "llama": lambda: decoder("llama", num_key_value_heads=2),
     "gpt2": gpt2,
     "gemma3": gemma3,
+    "gemma4": gemma4,
     "mixtral": mixtral,
     "jamba": jamba,
     "zamba": zamba,

@@ -32,7 +32,8 @@ class Chain:
 
     def enter(self, call: Call) -> None:
         """Takes a call before it is made."""
-        if call.index and call.hidden is not self.hidden:
+        is_next = not call.index or call.hidden is self.hidden
+        if not is_next or not _is_plain((call.args, *call.kwargs.values())):
             self._is_chain, self.hidden = False, None
 
     def leave(self, output: Any) -> None:
@@ -86,3 +87,10 @@ class Replay:
         inputs = [t for t in tensors_in((call.args, call.kwargs)) if t.is_floating_point()]
         if any(bool(torch.isnan(tensor).any()) for tensor in inputs):
             raise ReplayError
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value cannot carry what one block leaves for another, as a dict, a list or an object can."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from dcext.calibrate.blocks import Block, Call, walk
 from dcext.calibrate.inputs import Calibration, ModelInputs, calibrating, model_inputs
 from dcext.calibrate.layers import has_rows, input_hooks, layer_rows, output_rows, same_rows
+from dcext.calibrate.leaves import Piece, Starts, frozen, leaf_of, mappings_in
 from dcext.calibrate.objective import output_gradients
 from dcext.calibrate.source import BlockSource
 from dcext.calibrate.trace import Trace, batch_dim, trace_calls
@@ -45,10 +47,23 @@ class Sensitivity:
 
 @dataclass
 class _Record:
-    """A call of a block in the forward pass, and what it returned: leaves of the graph around the blocks."""
+    """A call of a block in the forward pass, and what came of it: leaves of the graph around the blocks.
+
+    Attributes:
+        call: the call.
+        output: what it returned.
+        left: what it left for later blocks in a mapping that it was given, by the argument's name and the key: Gemma 4's
+            shared keys and values.
+    """
 
     call: Call
     output: Any
+    left: dict[tuple[str, Any], Any]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """All floating-point tensors that came of it."""
+        return [t for t in tensors_in([self.output, *self.left.values()]) if t.is_floating_point()]
 
 
 def measure_sensitivity(
@@ -82,7 +97,7 @@ def measure_sensitivity(
         later: from ``later_statistics``, of layers that run several times.
     """
     inputs = model_inputs(model, calibration)
-    with calibrating(model), _frozen(model):
+    with calibrating(model), frozen(model):
         trace = trace or trace_calls(model, blocks, source, inputs, dtype)
         measured = _Pass(model, source, inputs, trace, dtype, progress, later or {})
         with source.skeleton(trace.blocks), torch.enable_grad():
@@ -131,12 +146,18 @@ class _Pass:
     def _forward(self, call: Call) -> Any:
         """Runs a block; notes which layers share an input, and that input's statistics."""
         notes = _Notes(self.result, self._noted, self._later)
+        before = {name: dict(mapping) for name, mapping in mappings_in(call.kwargs).items()}
         with self._source.working_copy(call.block, self._dtype) as module, torch.no_grad():
             layers = self._trace.layers(replace(call.block, module=module))
             with input_hooks(layers, notes.visit):
                 output = module(*call.args, **call.kwargs)
-        output = map_tensors(output, _leaf)
-        self._records.append(_Record(call, output))
+        output = map_tensors(output, leaf_of)
+        left = {}
+        for name, mapping in mappings_in(call.kwargs).items():
+            for key, value in mapping.items():
+                if value is not before[name].get(key):
+                    left[name, key] = mapping[key] = map_tensors(value, leaf_of)
+        self._records.append(_Record(call, output, left))
         self._progress(1)
         return output
 
@@ -148,9 +169,9 @@ class _Pass:
         half = self._dtype != torch.float32
         for begin in range(0, windows, step):
             part = slice(begin, min(windows, begin + step))
-            pieces: list[_Piece] = []
+            pieces: list[Piece] = []
 
-            def returned(call: Call, part: slice = part, pieces: list[_Piece] = pieces) -> Any:
+            def returned(call: Call, part: slice = part, pieces: list[Piece] = pieces) -> Any:
                 output = self._records[call.index].output
                 of_call = None if dims is None else iter(dims[call.index])
 
@@ -158,7 +179,7 @@ class _Pass:
                     dim = None if of_call is None else next(of_call)
                     count = 1 if dim is None else tensor.shape[dim] // windows  # rows of a window
                     rows = slice(part.start * count, part.stop * count)
-                    pieces.append(_Piece(tensor, dim, rows))
+                    pieces.append(Piece(tensor, dim, rows))
                     return pieces[-1].value
 
                 return map_tensors(output, cut)
@@ -212,19 +233,20 @@ class _Pass:
             tensors, gradients = zip(*self._pending, strict=True)
             torch.autograd.backward(tensors, gradients, retain_graph=True)
             self._pending = []
-        returned = [t for t in tensors_in(record.output) if t.is_floating_point()]
-        if all(tensor.grad is None for tensor in returned):
+        if all(leaf.grad is None for leaf in record.leaves):
             return  # the loss does not depend on it
-        starts = _Starts(record.call)
+        starts = Starts(record.call)
         with self._source.working_copy(record.call.block, self._dtype) as module:
             layers = self._trace.layers(replace(record.call.block, module=module))
             with self._gradient_hooks(layers), torch.enable_grad():
                 args, kwargs = map_tensors((record.call.args, record.call.kwargs), starts.start)
+                kwargs = {**kwargs, **{k: copy.copy(v) for k, v in mappings_in(kwargs).items()}}
                 output = module(*args, **kwargs)
-            found = [t for t in tensors_in(output) if t.is_floating_point()]
+            left = {(name, key): kwargs[name][key] for name, key in record.left}
+            found = _Record(record.call, output, left).leaves
             pairs = [
                 (tensor, leaf.grad.to(tensor.dtype))
-                for tensor, leaf in zip(found, returned, strict=True)
+                for tensor, leaf in zip(found, record.leaves, strict=True)
                 if tensor.requires_grad and leaf.grad is not None
             ]
             if pairs:
@@ -263,25 +285,6 @@ class _Pass:
                 handle.remove()
 
 
-class _Piece:
-    """Some windows of a tensor that a block returned, as a leaf of its own."""
-
-    def __init__(self, whole: Tensor, dim: int | None, rows: slice) -> None:
-        self._whole = whole
-        self._index = () if dim is None else (*[slice(None)] * dim, rows)
-        self.value = whole.detach()[self._index]
-        if whole.requires_grad:
-            self.value.requires_grad_()
-
-    def give_back(self) -> None:
-        """Adds the gradient to that of the whole."""
-        if self.value.grad is None:
-            return
-        if self._whole.grad is None:
-            self._whole.grad = torch.zeros_like(self._whole)
-        self._whole.grad[self._index] += self.value.grad
-
-
 class _Notes:
     """Of one call: the groups of layers that read the same tensor, and samples of their weights."""
 
@@ -311,49 +314,6 @@ class _Notes:
         if self._pivots is not None:
             weight = matrix_of(layer)
             self._result.samples[name] = sample_weights(weight, self._pivots, seed=self._seen)
-
-
-class _Starts:
-    """Inputs of a block as leaves: those that gradients are wanted for, and what enters it."""
-
-    def __init__(self, call: Call) -> None:
-        self._hidden = call.hidden
-        self._made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def start(self, tensor: Tensor) -> Tensor:
-        """What the block is given instead of ``tensor``; it may change it."""
-        wanted = tensor.requires_grad or tensor is self._hidden
-        if not wanted or not tensor.is_floating_point():
-            return tensor
-        if id(tensor) not in self._made:
-            leaf = tensor.detach().requires_grad_()
-            self._made[id(tensor)] = (tensor, leaf, leaf.clone())
-        return self._made[id(tensor)][2]
-
-    def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """The inputs that others depend on, with the gradients by them."""
-        return [
-            (tensor, leaf.grad)
-            for tensor, leaf, _ in self._made.values()
-            if tensor.requires_grad and leaf.grad is not None
-        ]
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """While entered, no parameter requires gradients."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _pivots(x: Tensor, later: InputStatistics | None) -> Tensor | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+
+MAPPINGS = (dict, UserDict)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -16,7 +19,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, dict):
+    if isinstance(value, MAPPINGS):
         mapped = {key: map_tensors(item, change) for key, item in value.items()}
         if all(mapped[key] is value[key] for key in mapped):
             return value
