@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcext.calibrate.blocks import (
-    Block,
-    block_inputs,
-    find_blocks,
-    input_hooks,
-    linear_layers,
-    run_block,
-)
+from dcext.calibrate.blocks import Block, Call, find_blocks, linear_layers, run_in_place, walk
+from dcext.calibrate.inputs import calibrating, model_inputs
+from dcext.calibrate.layers import input_hooks, layer_rows, same_rows
+from dcext.calibrate.source import BlockSource
+from dcext.calibrate.trace import trace_calls
 from dcext.codec import encode, entropy
 from dcext.find import find_matrices
 from dcext.nn.matrix import matrix_of
@@ -292,15 +289,19 @@ def _analyze_inputs(
     model: nn.Module, blocks: list[Block], ids: Tensor, progress: ProgressFn
 ) -> dict[str, ValueAnalysis]:
     """The inputs of the blocks' linear layers by name; layers that no token reached are missing."""
-    hidden = block_inputs(model, blocks, ids)
-    found: dict[str, ValueAnalysis] = {}
-    for block in blocks:
+    inputs = model_inputs(model, ids)
+    with calibrating(model):
+        trace = trace_calls(model, blocks, BlockSource(), inputs, None)
         visitor = _InputVisitor()
-        with input_hooks(linear_layers(block), visitor.visit):
-            hidden = run_block(block, block.module, hidden)
-        found.update({name: _merge(parts) for name, parts in visitor.parts.items()})
-        progress(block.name, 1 / len(blocks))
-    return found
+
+        def on_call(call: Call) -> Any:
+            with input_hooks(trace.layers(call.block), visitor.visit):
+                output = run_in_place(call)
+            progress(call.block.name, 1 / len(trace.sequence))
+            return output
+
+        walk(model, trace.blocks, inputs, on_call, None, len(trace.sequence))
+    return {name: _merge(parts) for name, parts in visitor.parts.items()}
 
 
 class _InputVisitor:
@@ -312,14 +313,16 @@ class _InputVisitor:
 
     def __init__(self) -> None:
         self.parts: dict[str, list[ValueAnalysis]] = {}
-        self._last: tuple[Tensor, ValueAnalysis] | None = None
+        self._last: tuple[nn.Module, Tensor, ValueAnalysis] | None = None
 
-    def visit(self, name: str, x: Tensor) -> None:
-        if x.numel() == 0:
+    def visit(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        rows = layer_rows(layer, x)
+        if rows is None or x.numel() == 0:
             return
-        if self._last is None or self._last[0] is not x:
-            self._last = (x, _analyze_input(name, x))
-        self.parts.setdefault(name, []).append(self._last[1])
+        last = self._last
+        if last is None or last[1] is not x or not same_rows(last[0], layer):
+            self._last = last = (layer, x, _analyze_input(name, rows))
+        self.parts.setdefault(name, []).append(last[2])
 
 
 def _analyze_input(name: str, x: Tensor) -> ValueAnalysis:

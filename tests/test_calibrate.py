@@ -14,7 +14,7 @@ from test_compress import logits, tiny_llama
 from torch import nn
 
 import dcext
-from dcext.calibrate.blocks import block_inputs, find_blocks, outputs, run_block
+from dcext.calibrate.blocks import find_blocks
 from dcext.calibrate.sensitivity import measure_sensitivity
 from dcext.calibrate.source import BlockSource
 from dcext.compress import compressed_modules
@@ -49,19 +49,6 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert torch.equal(logits(a), logits(b))
-
-
-def test_blocks_run_one_by_one_are_the_model():
-    model, ids = tiny_llama(), calibration()
-    blocks = find_blocks(model)
-    assert [block.name for block in blocks] == ["model.layers.0", "model.layers.1"]
-    with torch.no_grad():
-        hidden = block_inputs(model, blocks, ids)
-        for block in blocks:
-            hidden = run_block(block, block.module, hidden)
-        chained = torch.cat([output for output, _ in outputs(model, blocks, ids, hidden)])
-        torch.testing.assert_close(chained, model(ids).logits)
-    assert model.model.layers[0] is blocks[0].module
 
 
 def test_sensitivity_is_the_mean_square_of_gradients():

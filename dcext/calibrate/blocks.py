@@ -1,201 +1,189 @@
-"""A model seen as a chain of blocks, run one block at a time over the whole calibration set."""
+"""A model run by its own code, its blocks by somebody else.
+
+The model's ``forward`` decides which block is called when and with what; each call of a block is handed to a function
+that runs it, and may calibrate it or look at it first. So encoders and decoders, skip connections, state that blocks
+hand on and blocks that are called several times all are as they are in the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-HEAD_WINDOWS = 4  # windows per pass through what follows the blocks: logits are large
+from dcext.calibrate.inputs import ModelInputs
+from dcext.calibrate.stacks import Block, find_blocks, linear_layers
+from dcext.calibrate.tree import first_float, map_tensors, tensors_in
+
+__all__ = ["Block", "Call", "find_blocks", "linear_layers", "run_in_place", "walk"]
 
 
 @dataclass
-class Block:
-    """One link of the chain: its name, the module, and what it is called with beside the hidden states."""
+class Call:
+    """One call of a block.
 
-    name: str
-    module: nn.Module
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] | None = None
+    Attributes:
+        index: of all calls in the pass.
+        block: which.
+        args: what it is called with, floating-point tensors in the pass's dtype.
+        kwargs: the same, by name.
+    """
+
+    index: int
+    block: Block
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """What enters: the first floating-point tensor, or else the first tensor."""
+        inputs = (self.args, self.kwargs)
+        found = first_float(inputs)
+        return next(iter(tensors_in(inputs)), None) if found is None else found
 
 
-class _StopEarlyError(Exception):
+OnCall = Callable[[Call], Any]
+
+
+def run_in_place(call: Call) -> Any:
+    """What a block returns, run by itself and not by a copy. For use in ``walk``."""
+    module = call.block.module
+    intercept = module.__dict__["forward"]
+    intercept.remove_from(module)
+    try:
+        return module.forward(*call.args, **call.kwargs)
+    finally:
+        module.__dict__["forward"] = intercept
+
+
+class StopEarlyError(Exception):
     """Ends a forward pass at the point of interest."""
 
 
-class _Stand(nn.Module):
-    """Stands in for a block: records what it is called with and returns its input, or what it is told to."""
+class Intercept:
+    """Stands in for the ``forward`` of a block."""
 
-    block: Block
-    on_call: Callable[[Tensor], Tensor]
+    def __init__(self, block: Block, on_call: Callable[[Block, Any, Any], Any]) -> None:
+        self.block = block
+        self.on_call = on_call
+        self.previous = block.module.__dict__.get("forward")
 
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.block = block  # a dataclass and so not a submodule: the model must not see its weights
-        self.on_call = lambda hidden: hidden
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.on_call(self.block, args, kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        # Models read attributes of their blocks, such as which kind of attention they have.
-        return getattr(self.__dict__["block"].module, name)
+    def __deepcopy__(self, memo: object) -> Intercept:
+        return self
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.block.args, self.block.kwargs = args, kwargs
-        return self.on_call(hidden)
-
-
-def find_blocks(model: nn.Module) -> list[Block]:
-    """The decoder blocks of a model: the elements of the ``nn.ModuleList`` that holds most weights of linear layers.
-
-    Returns:
-        The blocks in order; the model itself as the only one (with an empty name) where it has no such list.
-    """
-    best: list[Block] = []
-    most = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
-            weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-            if weights > most:
-                best = [Block(f"{name}.{i}", child) for i, child in enumerate(module)]
-                most = weights
-    return best or [Block("", model)]
+    def remove_from(self, module: nn.Module) -> None:
+        """Gives the block, or a copy of it, its own ``forward`` again."""
+        module.__dict__.pop("forward", None)
+        if self.previous is not None:
+            module.__dict__["forward"] = self.previous
 
 
-@torch.no_grad()
-def block_inputs(model: nn.Module, blocks: list[Block], calibration: Tensor) -> Tensor:
-    """Runs what comes before the first block, and learns with what each block is called.
+def walk(
+    model: nn.Module,
+    blocks: list[Block],
+    inputs: ModelInputs,
+    on_call: OnCall,
+    dtype: torch.dtype | None,
+    calls: int | None = None,
+) -> Any:
+    """Runs a model; ``on_call`` runs its blocks.
+
+    Outside the blocks the model computes in its own dtype, in the blocks in ``dtype``. What goes from one block
+    straight to another is not rounded to the model's dtype in between.
 
     Args:
-        model: whose blocks they are.
-        blocks: from ``find_blocks``; ``args`` and ``kwargs`` are filled in.
-        calibration: ``(windows, tokens)`` int64, or float inputs ``(windows, ..)`` of a model without tokens.
+        model: in evaluation mode.
+        blocks: none within another.
+        inputs: of the model.
+        on_call: given each call, returns what the block does.
+        dtype: of the blocks; None for the model's own.
+        calls: after how many to stop; None to run to the end.
 
     Returns:
-        The hidden states that enter the first block, ``(windows, tokens, hidden)``; ``calibration`` itself where the
-        model is its own only block.
+        The model's output; None where the pass was stopped.
     """
-    if blocks[0].name == "":
-        return calibration
-    captured: list[Tensor] = []
+    stream = _Stream(dtype)
+    count = 0
 
-    def keep(hidden: Tensor) -> Tensor:
-        captured.append(hidden)
-        return hidden
+    def intercepted(block: Block, args: Any, kwargs: Any) -> Any:
+        nonlocal count
+        entering = first_float((args, kwargs))
+        args, kwargs = map(_without_cache, args), {k: _without_cache(v) for k, v in kwargs.items()}
+        call = Call(count, block, stream.enter(tuple(args)), stream.enter(kwargs))
+        count += 1
+        output = on_call(call)
+        if count == calls:
+            raise StopEarlyError
+        return stream.leave(output, None if entering is None else entering.dtype)
 
-    def stop(hidden: Tensor) -> Tensor:
-        raise _StopEarlyError
-
-    with _standing_in(model, blocks) as stands:
-        stands[0].on_call = keep
-        if len(stands) > 1:
-            stands[-1].on_call = stop
-        else:
-            stands[0].on_call = lambda hidden: stop(keep(hidden))
-        with suppress(_StopEarlyError):
-            _call(model, calibration)
-    if not captured or any(block.kwargs is None for block in blocks):
-        raise ValueError(
-            f"calibration: expected {type(model).__name__} to call each of its {len(blocks)} blocks once, in order"
-        )
-    return captured[0]
+    with ExitStack() as stack:
+        for block in blocks:
+            intercept = Intercept(block, intercepted)
+            block.module.__dict__["forward"] = intercept
+            stack.callback(intercept.remove_from, block.module)
+        with suppress(StopEarlyError):
+            return inputs.call(model)
+    return None
 
 
-def outputs(
-    model: nn.Module, blocks: list[Block], calibration: Tensor, hidden: Tensor
-) -> Iterator[tuple[Tensor, slice]]:
-    """Runs what comes after the last block, a few windows at a time.
-
-    Args:
-        model: as for ``block_inputs``.
-        blocks: as for ``block_inputs``.
-        calibration: as for ``block_inputs``.
-        hidden: what left the last block, of as many windows; may require gradients.
-
-    Yields:
-        The model's outputs (logits, where it has them) and the windows that they belong to.
-    """
-    for begin in range(0, calibration.shape[0], HEAD_WINDOWS):
-        part = slice(begin, begin + HEAD_WINDOWS)
-        if blocks[0].name == "":
-            yield hidden[part], part
-            continue
-        with _standing_in(model, blocks) as stands:
-            stands[-1].on_call = partial(_instead, hidden[part])
-            output = _call(model, calibration[part])
-        yield getattr(output, "logits", output), part
+def _without_cache(value: Any) -> Any:
+    """None for a cache of keys and values, which some models make unasked: blocks run more than once on the same inputs."""
+    module = sys.modules.get("transformers.cache_utils")
+    return None if module is not None and isinstance(value, module.Cache) else value
 
 
-def _instead(chosen: Tensor, entering: Tensor) -> Tensor:
-    return chosen.to(entering.dtype)
+class _Stream:
+    """Knows, of what the model holds in its own dtype, the same in the dtype of the blocks."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
+        self._known = WeakTensorKeyDictionary()
+
+    def enter(self, value: Any) -> Any:
+        return map_tensors(value, self._enter)
+
+    def leave(self, value: Any, dtype: torch.dtype | None) -> Any:
+        def leave(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            given = tensor if dtype is None else tensor.to(dtype)
+            if given is tensor and tensor.is_leaf and tensor.requires_grad:
+                given = tensor.clone()  # the model may change what it is given
+            if given is not tensor:
+                self._known[given] = (tensor, given._version)
+            return given
+
+        return map_tensors(value, leave)
+
+    def _enter(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        known, version = self._known.get(tensor, (None, 0))
+        if known is not None and tensor._version == version:
+            return known
+        if self._dtype is None or tensor.dtype == self._dtype:
+            return tensor
+        entered = _narrowed(tensor, self._dtype)
+        self._known[tensor] = (entered, tensor._version)
+        return entered
 
 
-def run_block(block: Block, module: nn.Module, hidden: Tensor) -> Tensor:
-    """A block's output for hidden states, run by ``module``, which is the block itself or a copy of it."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point() and hidden.is_floating_point():
-            return value.to(hidden.dtype)
-        if isinstance(value, tuple):
-            return tuple(convert(item) for item in value)
-        return value
-
-    kwargs = {key: convert(value) for key, value in (block.kwargs or {}).items()}
-    output = module(hidden, *map(convert, block.args), **kwargs)
-    if block.name == "":
-        output = getattr(output, "logits", output)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def linear_layers(block: Block) -> dict[str, nn.Linear]:
-    """The linear layers in a block, by their name in the model."""
-    prefix = f"{block.name}." if block.name else ""
-    return {
-        prefix + name: module
-        for name, module in block.module.named_modules()
-        if type(module) is nn.Linear
-    }
-
-
-@contextmanager
-def input_hooks(
-    layers: dict[str, nn.Linear], on_input: Callable[[str, Tensor], Tensor | None]
-) -> Iterator[None]:
-    """Calls ``on_input`` with the name and the input of each layer before it runs; what it returns replaces the input."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            replaced = on_input(name, args[0])
-            return None if replaced is None else (replaced, *args[1:])
-
-        return before
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _call(model: nn.Module, calibration: Tensor) -> Any:
-    if calibration.is_floating_point():
-        return model(calibration)
-    return model(input_ids=calibration, use_cache=False)
-
-
-@contextmanager
-def _standing_in(model: nn.Module, blocks: list[Block]) -> Iterator[list[_Stand]]:
-    stands = [_Stand(block) for block in blocks]
-    parent = cast(nn.ModuleList, model.get_submodule(blocks[0].name.rpartition(".")[0]))
-    originals = list(parent)
-    try:
-        for i, stand in enumerate(stands):
-            parent[i] = stand
-        yield stands
-    finally:
-        for i, original in enumerate(originals):
-            parent[i] = original
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype; what is finite, such as the least number in a mask, stays so."""
+    converted = tensor.to(dtype)
+    if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max or tensor.requires_grad:
+        return converted
+    overflown = torch.isinf(converted) & ~torch.isinf(tensor)
+    if not bool(overflown.any()):
+        return converted
+    largest = torch.full_like(converted, torch.finfo(dtype).max)
+    return torch.where(overflown, largest.copysign(converted), converted)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcext.calibrate.sensitivity import Sensitivity
-from dcext.codec import encode, entropy, payload_info
+from dcext.codec import decode, encode, entropy, payload_info
 from dcext.config import CompressionConfig
 from dcext.nn.compressed import storage_form
 from dcext.quantize.control import RateController
@@ -31,6 +31,11 @@ from dcext.quantize.rounding import quantize_absmax
 from dcext.quantize.statistics import InputStatistics
 from dcext.runtime.origin import to_weight_memory
 
+UNREACHED = "no calibration token reached the layer"
+MOST_SCALE_BITS = (
+    0.5  # that fallbacks make up for: matrices of few columns are small and easily ruined
+)
+
 
 @dataclass
 class CodedLayer:
@@ -39,6 +44,12 @@ class CodedLayer:
     payload: Tensor
     quantized: QuantizedWeight
     report: LayerReport
+
+    def dequantize(self) -> Tensor:
+        """The approximation of the weight, ``(N, K)`` float32."""
+        if self.quantized.qweight.numel():
+            return self.quantized.dequantize()
+        return replace(self.quantized, qweight=decode(self.payload)).dequantize()
 
 
 def code_layer(
@@ -94,6 +105,11 @@ def pruned_share(weight: Tensor, quantized: QuantizedWeight) -> float:
     return float(pruned.float().mean())
 
 
+def rate_statistics(in_features: int) -> InputStatistics:
+    """What recipe ``rate`` learns of a layer's inputs."""
+    return InputStatistics(in_features, with_values=False, most_power=MOST_POWER)
+
+
 class RateRecipe:
     """Recipe ``rate``: equal slope over all layers, column steps from the inputs, error feedback."""
 
@@ -124,7 +140,7 @@ class RateRecipe:
 
     def statistics(self, in_features: int) -> InputStatistics:
         """What is to be learnt of a layer's inputs."""
-        return InputStatistics(in_features, with_values=False, most_power=MOST_POWER)
+        return rate_statistics(in_features)
 
     def quantize_group(
         self, weights: dict[str, Tensor], statistics: InputStatistics
@@ -315,8 +331,9 @@ class PaperRecipe:
 
 
 def fall_back(name: str, weight: Tensor, config: CompressionConfig, reason: str) -> CodedLayer:
-    """Rounds a layer without data at the target entropy, and says why in its report."""
-    quantized = round_data_free(weight, config.bits)
+    """Rounds a layer without data at the target, its scales counted, and says why in its report."""
+    scale_bits = min(16 / weight.shape[1], MOST_SCALE_BITS)
+    quantized = round_data_free(weight, config.bits - scale_bits)
     quantized.fallback = f"{reason}: rounded without data"
     return code_layer(name, quantized, config, "rate")
 
@@ -324,7 +341,7 @@ def fall_back(name: str, weight: Tensor, config: CompressionConfig, reason: str)
 def _unusable(statistics: InputStatistics) -> str | None:
     """Why a layer's statistics cannot be calibrated on; None where they can."""
     if statistics.tokens == 0:
-        return "no calibration token reached the layer"
+        return UNREACHED
     if not statistics.finite:
         return "NaN or infinity in the layer's inputs"
     if statistics.zero:

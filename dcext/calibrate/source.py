@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import ctypes
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dcext.calibrate.blocks import Block
+from dcext.calibrate.blocks import Block, Intercept
 from dcext.format.mapped import SafetensorsFile
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -22,8 +22,8 @@ class BlockSource:
     """The float weights of a model that is in memory."""
 
     @contextmanager
-    def skeleton(self) -> Iterator[None]:
-        """While entered, everything outside the blocks has its weights."""
+    def skeleton(self, blocks: list[Block] | None = None) -> Iterator[None]:
+        """While entered, everything outside the blocks (by default, those of ``find_blocks``) has its weights."""
         yield
 
     @contextmanager
@@ -43,10 +43,19 @@ class BlockSource:
         """Gives its weights, for good, to what was not compressed."""
 
     @contextmanager
-    def working_copy(self, block: Block, dtype: torch.dtype) -> Iterator[nn.Module]:
-        """A frozen copy of a block in ``dtype``, to be run and changed freely."""
+    def working_copy(self, block: Block, dtype: torch.dtype | None) -> Iterator[nn.Module]:
+        """A frozen copy of a block in ``dtype`` (None for its own), to be run and changed freely.
+
+        Hooks of the block itself are left to the original, those of its parts are copied.
+        """
         with self.weights(block) as module:
             duplicate = copy.deepcopy(module)
+        for part in duplicate.modules():
+            intercept = part.__dict__.get("forward")
+            if isinstance(intercept, Intercept):
+                intercept.remove_from(part)
+        duplicate._forward_hooks.clear()
+        duplicate._forward_pre_hooks.clear()
         yield duplicate.to(dtype).requires_grad_(False)
 
 
@@ -65,7 +74,7 @@ class ShardSource(BlockSource):
         """
         self._model = model
         self._dtype = {name: p.dtype for name, p in model.named_parameters()}
-        self._prefixes = tuple(f"{block.name}." for block in blocks)
+        self._blocks = blocks
         if not list(folder.glob("*.safetensors")):
             raise FileNotFoundError(f"{folder}: expected safetensors files, found none")
         index = folder / INDEX_NAME
@@ -84,6 +93,9 @@ class ShardSource(BlockSource):
         missing = sorted(set(self._dtype) - set(self._files) - tied)
         if missing:
             raise ValueError(f"{folder}: expected a tensor {missing[0]!r}, found none of that name")
+        for name, buffer in model.named_buffers():
+            if name in self._files:
+                buffer.copy_(self._files[name].get(name))
 
     def bias(self, name: str, module: nn.Module) -> Tensor | None:
         if getattr(module, "bias", None) is None:
@@ -100,21 +112,27 @@ class ShardSource(BlockSource):
                 self._put(name, self._files[name].get(name))
 
     @contextmanager
-    def skeleton(self) -> Iterator[None]:
-        names = [name for name in self._dtype if not name.startswith(self._prefixes)]
-        with self._filled(names):
+    def skeleton(self, blocks: list[Block] | None = None) -> Iterator[None]:
+        inside = {
+            id(module)
+            for block in (self._blocks if blocks is None else blocks)
+            for module in block.module.modules()
+        }
+        with self._filled(m for m in self._model.modules() if id(m) not in inside):
             yield
 
     @contextmanager
     def weights(self, block: Block) -> Iterator[nn.Module]:
-        with self._filled([name for name in self._dtype if name.startswith(f"{block.name}.")]):
+        with self._filled(block.module.modules()):
             yield block.module
 
     @contextmanager
-    def _filled(self, names: list[str]) -> Iterator[None]:
+    def _filled(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """While entered, modules have their own parameters; those that have them already keep them afterwards."""
+        wanted = {id(p) for module in modules for p in module._parameters.values()}
         empty: dict[str, nn.Parameter] = {}
-        for name in names:
-            if name in self._files:
+        for name, parameter in list(self._model.named_parameters()):
+            if id(parameter) in wanted and parameter.is_meta:
                 empty[name] = self._put(name, self._files[name].get(name))
         try:
             yield

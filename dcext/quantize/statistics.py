@@ -65,6 +65,15 @@ class InputStatistics:
             if self._sum is not None:
                 self._sum += _gram(_limited(chunk, self._most_power))
 
+    def add(self, other: InputStatistics, weight: float = 1.0) -> None:
+        """Adds what others are, each of its inputs counted ``weight`` times."""
+        self.tokens += round(other.tokens * weight)
+        self.absmax = torch.maximum(self.absmax, other.absmax)
+        self._finite = self._finite and other._finite
+        self._near_zero += round(other._near_zero * weight)
+        if self._sum is not None and other._sum is not None:
+            self._sum += other._sum * weight
+
     @property
     def finite(self) -> bool:
         """Whether all inputs were finite; the rest is meaningless where not."""
