@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dcext import ops  # noqa: F401  (registers dequantize_weight)
 from dcext.codec import decode, payload_info, verify_payload
 from dcext.errors import FormatError
 from dcext.nn.device import IndexedWeight, Resting, made_once, rest_on
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from dcext.runtime.traveling import TravelingBlock
 
 _CPU = torch.device("cpu")
+_dequantize = torch.ops.dcext.dequantize_weight.default
 OWN_BUFFERS = (
     "payload",
     "row_scale",
@@ -263,6 +265,9 @@ class CompressedModule(Resting):
 
     def dequantize(self) -> Tensor:
         """The weights that the module stands for: ``(out_features, in_features)`` in ``self.dtype``."""
+        if self.payload.device.type == "cpu" and self.row_scale.device.type == "cpu":
+            scales = (self.row_scale, self.col_scale)
+            return _dequantize(self.payload, *scales, self.shape[1], self.dtype)
         weight = self.qweight().float() * self.row_scale[:, None]
         if self.col_scale is not None:
             weight *= self.col_scale
@@ -359,9 +364,11 @@ class CompressedModule(Resting):
                     raise FormatError(f"expected shape {self.shape}, found {info['shape']}")
                 self._describe(info)
                 device = self.row_scale.device
+                replacement = self._shared_copy(payload)
                 self._leave_device()
-                self.origin = None
-                self.payload = to_weight_memory(payload)
+                if replacement is not self.payload:
+                    self.origin = None
+                self.payload = replacement
                 if device.type == "cuda":
                     self._rest_on(device)
             except (FormatError, TypeError, ValueError) as error:
@@ -371,6 +378,14 @@ class CompressedModule(Resting):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _shared_copy(self, payload: Tensor) -> Tensor:
+        """A payload in memory of its own; modules that shared one and are given equal ones share again."""
+        own = self.payload
+        if torch.equal(own.cpu(), payload):
+            return own
+        copied = made_once(own, _CPU, lambda: to_weight_memory(payload))
+        return copied if torch.equal(copied, payload) else to_weight_memory(payload)
 
     def extra_repr(self) -> str:
         """Shape, codec, size and where the weights rest."""
