@@ -12,12 +12,13 @@ from torch import Tensor, nn
 import dcext
 from dcext.calibrate.driver import Job, compress_blocks
 from dcext.calibrate.inputs import model_inputs
+from dcext.calibrate.layers import write_matrix
 from dcext.calibrate.recipes import CodedLayer
 from dcext.calibrate.resume import ResumeFolder
 from dcext.calibrate.source import BlockSource
 from dcext.calibrate.stacks import find_blocks, linear_layers
 from dcext.calibrate.tree import first_float
-from dcext.nn.matrix import matrix_of, set_matrix_
+from dcext.nn.matrix import matrix_of
 from dcext.quantize.data_free import round_data_free
 
 hf = pytest.importorskip("transformers")
@@ -228,6 +229,14 @@ def wav2vec2() -> Case:
     return made(hf.Wav2Vec2ForCTC, config), floats(6, 256)
 
 
+def encodec() -> Case:
+    """Its convolutions have weight norm: their weights are other tensors each time."""
+    config = hf.EncodecConfig(
+        num_filters=32, hidden_size=64, codebook_size=16, codebook_dim=64, upsampling_ratios=[4, 2]
+    )
+    return made(hf.EncodecModel, config), {"input_values": floats(4, 1, 480)}
+
+
 def vit() -> Case:
     config = hf.ViTConfig(**VISION, num_labels=10)
     return made(hf.ViTForImageClassification, config), floats(6, 3, 16, 16)
@@ -430,6 +439,7 @@ FAMILIES: dict[str, Callable[[], Case]] = {
     "marian": marian,
     "whisper": whisper,
     "wav2vec2": wav2vec2,
+    "encodec": encodec,
     "vit": vit,
     "dinov2": dinov2,
     "swin": swin,
@@ -463,7 +473,7 @@ def calibrate(
     def emit(name: str, layer: CodedLayer) -> None:
         coded[name] = layer
         if source is None:
-            set_matrix_(model.get_submodule(name), layer.dequantize())
+            write_matrix(model.get_submodule(name), layer.dequantize())
 
     names = {name for block in find_blocks(model) for name in linear_layers(block)}
     source_or_memory = source or BlockSource()
@@ -487,7 +497,7 @@ def round_without_data(model: nn.Module, bits: float) -> None:
         for layer in linear_layers(block).values():
             weight = matrix_of(layer).float()
             quantized = round_data_free(weight, bits - 16 / weight.shape[1])
-            set_matrix_(layer, quantized.dequantize())
+            write_matrix(layer, quantized.dequantize())
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from dcext.nn.matrix import input_rows, is_patchwise
+from dcext.nn.matrix import input_rows, is_patchwise, kind_of, set_matrix_
 
 CONVOLUTIONS = torch.nn.modules.conv._ConvNd
 
@@ -74,3 +75,14 @@ def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
     if isinstance(layer, CONVOLUTIONS):
         return y.movedim(y.dim() - len(layer.kernel_size) - 1, -1)
     return y
+
+
+@torch.no_grad()
+def write_matrix(layer: nn.Module, matrix: Tensor) -> None:
+    """Overwrites the weight of a layer, also of one under weight norm or another parametrization with an inverse."""
+    kind = kind_of(layer)
+    if kind is None or not parametrize.is_parametrized(layer, "weight"):
+        set_matrix_(layer, matrix)
+        return
+    weight: Any = layer.weight
+    layer.weight = kind.to_weight(matrix, weight.shape).to(weight.dtype)

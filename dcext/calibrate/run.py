@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from dcext.calibrate.blocks import Block, Call, walk
 from dcext.calibrate.inputs import Calibration, ModelInputs
 from dcext.calibrate.kept import load_block, save_block
-from dcext.calibrate.layers import input_hooks, layer_rows, same_rows
+from dcext.calibrate.layers import input_hooks, layer_rows, same_rows, write_matrix
 from dcext.calibrate.recipes import UNREACHED, CodedLayer, PaperRecipe, RateRecipe
 from dcext.calibrate.replay import Chain, Replay, ReplayError
 from dcext.calibrate.resume import ResumeFolder
 from dcext.calibrate.source import BlockSource
 from dcext.calibrate.trace import Trace
 from dcext.config import CompressionConfig
-from dcext.nn.matrix import matrix_of, set_matrix_
+from dcext.nn.matrix import matrix_of
 from dcext.quantize.statistics import InputStatistics
 
 SENSITIVITY_TOKENS = 8192
@@ -186,7 +186,7 @@ class BlockRun:
             coded = self._coded.get(name)
             # Layers that nothing reached were rounded after their block had run.
             if coded is not None and not (coded.report.fallback or "").startswith(UNREACHED):
-                set_matrix_(layer, coded.dequantize())
+                write_matrix(layer, coded.dequantize())
 
     def _quantize(self, call: Call) -> tuple[dict[str, CodedLayer], Any]:
         """Quantizes a block's layers as their inputs come by; returns them and the block's output."""
@@ -203,7 +203,7 @@ class BlockRun:
                 coded.update(result)
                 if self._recipe.feeds_back:
                     for name, layer in result.items():
-                        set_matrix_(layers[name], layer.quantized.dequantize())
+                        write_matrix(layers[name], layer.quantized.dequantize())
 
             visitor = _GroupVisitor(set(weights), self._recipe.groups, quantize)
             with input_hooks(layers, visitor.visit):

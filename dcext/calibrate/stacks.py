@@ -71,11 +71,11 @@ def tied_to_embeddings(model: nn.Module) -> frozenset[str]:
         for name, module in model.named_modules(remove_duplicate=False)
         if kind_of(module) is not None
     ]
-    looked_up = {id(module.weight) for _, module in matrices if not is_multiplied(module)}
+    looked_up = {_identity(module) for _, module in matrices if not is_multiplied(module)}
     return frozenset(
         name
         for name, module in matrices
-        if is_multiplied(module) and id(module.weight) in looked_up
+        if is_multiplied(module) and _identity(module) in looked_up
     )
 
 
@@ -86,10 +86,16 @@ def owners(model: nn.Module) -> dict[str, str]:
     """
     first: dict[int, str] = {}
     return {
-        name: first.setdefault(id(module.weight), name)
+        name: first.setdefault(_identity(module), name)
         for name, module in model.named_modules(remove_duplicate=False)
         if is_multiplied(module)
     }
+
+
+def _identity(module: nn.Module) -> int:
+    """Tells weights apart; one that is computed anew each time (weight norm) belongs to its module alone."""
+    weight = module._parameters.get("weight")
+    return id(module if weight is None else weight)
 
 
 def split_block(block: Block) -> list[Block]:
