@@ -19,7 +19,7 @@ from dcext.calibrate.source import BlockSource
 from dcext.calibrate.stacks import find_blocks, linear_layers
 from dcext.config import CALIBRATED, CompressionConfig
 from dcext.find import TIED, FilterFn, Found, find_matrices, left_float, make_filter, prepare_
-from dcext.loading import forget_ties
+from dcext.loading import REPORT_ATTRIBUTE, forget_ties
 from dcext.nn.compressed import compressed_modules
 from dcext.nn.convert import compress_module_
 from dcext.nn.matrix import kind_of, matrix_of
@@ -32,7 +32,6 @@ from dcext.quantize.rounding import quantize_absmax
 
 ProgressFn = Callable[[str, float], None]
 JOB_VERSION = 3  # of what recipes compute: raised when a change makes kept blocks useless
-REPORT_ATTRIBUTE = "dcext_report"
 OTHERS_SHARE = 0.05  # of all work: what lies outside the blocks
 LEAST_COVERAGE = 0.95  # of the weights of matrices, without a warning
 
@@ -327,8 +326,8 @@ def _leave_half_tied(model: nn.Module, found: Found, *, chosen: bool) -> None:
     aliases = {id(module): name for name, module in found.modules.items()}
     for name, module in list(found.modules.items()):
         for other in names[id(module.weight)]:
-            owner = other.removesuffix(".weight")
-            if other.endswith(".weight") and id(model.get_submodule(owner)) in aliases:
+            owner, _, leaf = other.rpartition(".")
+            if leaf == "weight" and id(model.get_submodule(owner)) in aliases:
                 continue
             if chosen:
                 raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +17,127 @@ from dcext.format.manifest import MANIFEST_NAME
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_float_model(model: str | Path, dtype: str = "auto") -> tuple[nn.Module, Any]:
-    """Loads a causal language model and its tokenizer with the ordinary transformers loader, on the CPU.
+def load_float_model(
+    model: str | Path, dtype: str = "auto", *, needs_tokenizer: bool = True
+) -> tuple[nn.Module, Any]:
+    """Loads a model and its tokenizer with the ordinary transformers loader, on the CPU.
 
     Args:
         model: a Hugging Face folder, a ``.gguf`` file, a folder with one such file, or a name on the hub.
         dtype: of its weights; ``"auto"`` for the one they are stored in (float32 for GGUF).
+        needs_tokenizer: whether a tokenizer that cannot be loaded is an error; else ``StoredFiles`` or None stands for it.
 
     Returns:
-        Model in evaluation mode, and tokenizer.
+        Model in evaluation mode, of the class that was saved (``architectures``), and tokenizer or processor.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without a model.
+        ImportError: the tokenizer needs a package that is not installed.
         ValueError: a folder that dcext wrote: it is compressed already.
         OSError: a hub name that cannot be had; the message is transformers' own.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig
 
     source, arguments = _locate(str(model))
-    tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+    tokenizer = load_processor(source, needed=needs_tokenizer, **arguments)
+    config = AutoConfig.from_pretrained(source, **arguments)
     if dtype != "auto" or "gguf_file" not in arguments:
         arguments["dtype"] = dtype
-    return AutoModelForCausalLM.from_pretrained(source, **arguments).eval(), tokenizer
+    return _class_of(config).from_pretrained(source, **arguments).eval(), tokenizer
 
 
-def load_lazy_model(folder: str | Path) -> tuple[nn.Module, Any, BlockSource]:
+def _class_of(config: Any) -> Any:
+    """The class that a model was saved as; a causal language model where transformers does not have it."""
+    import transformers
+
+    architecture = (config.architectures or [""])[0]
+    return getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
+
+
+class StoredFiles:
+    """Files of a tokenizer or processor that could not be loaded, to be stored as they are."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        """Args: reason: why it could not be loaded, for people."""
+        self.reason = reason
+        self._paths = [
+            path
+            for pattern in _TOKENIZER_FILES
+            for path in sorted(folder.glob(pattern))
+            if path.is_file()
+        ]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copies the files."""
+        for path in self._paths:
+            shutil.copyfile(path, Path(folder) / path.name)
+
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def load_processor(source: str, *, needed: bool, **arguments: Any) -> Any:
+    """The processor of a model, or its tokenizer, or what else prepares its inputs.
+
+    Args:
+        source: as for ``from_pretrained`` of transformers.
+        needed: whether there has to be one.
+        arguments: for ``from_pretrained``.
+
+    Returns:
+        What transformers loads; ``StoredFiles`` of a folder, or None, where it is not needed and cannot be loaded.
+
+    Raises:
+        ImportError: needed, and a package that it takes is not installed: which.
+        ValueError: needed, and there is none that can be loaded: the first line of why.
+    """
+    from transformers import AutoProcessor, AutoTokenizer
+
+    kinds = (AutoTokenizer,) if "gguf_file" in arguments else (AutoProcessor, AutoTokenizer)
+    reason = ""
+    for kind in kinds:
+        try:
+            return kind.from_pretrained(source, **arguments)
+        except (ImportError, OSError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0][:200]
+    missing = [name for name in ("sentencepiece", "tiktoken") if _is_missing(name)]
+    folder = Path(source)
+    uses = any(folder.glob("*.model")) or any(folder.glob("*.spm")) or "sentencepiece" in reason
+    if uses and "sentencepiece" in missing:
+        reason = "it needs a package that is not installed: pip install sentencepiece"
+        if needed:
+            raise ImportError(f"{source}: tokenizer: expected one that can be loaded, but {reason}")
+    if needed:
+        raise ValueError(
+            f"{source}: tokenizer: expected one that can be loaded, found none: {reason}"
+        )
+    return StoredFiles(folder, reason) if folder.is_dir() else None
+
+
+def _is_missing(package: str) -> bool:
+    return importlib.util.find_spec(package) is None
+
+
+def load_lazy_model(
+    folder: str | Path, *, needs_tokenizer: bool = True
+) -> tuple[nn.Module, Any, BlockSource]:
     """A model whose weights stay in its safetensors files until they are needed, for models larger than memory.
 
     Args:
         folder: a Hugging Face folder with safetensors files whose tensors have the names of the model's parameters.
+        needs_tokenizer: as for ``load_float_model``.
 
     Returns:
         The model on the meta device, its tokenizer, and the source of its weights for ``compress_``.
@@ -53,19 +147,19 @@ def load_lazy_model(folder: str | Path) -> tuple[nn.Module, Any, BlockSource]:
         ValueError: a parameter that no file holds.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: expected config.json and safetensors files, found none")
     config = AutoConfig.from_pretrained(path)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        model = _class_of(config)._from_config(config, dtype=config.dtype)
     model.tie_weights()  # meta parameters are made one by one and lose their ties
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     source = ShardSource(model, path, find_blocks(model))
-    return model.eval(), AutoTokenizer.from_pretrained(path), source
+    return model.eval(), load_processor(str(path), needed=needs_tokenizer), source
 
 
 def weights_nbytes(folder: str | Path) -> int:

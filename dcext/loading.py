@@ -12,15 +12,18 @@ from dcext.codec import payload_info
 from dcext.errors import FormatError
 from dcext.find import bake_, splits_in
 from dcext.format import CheckpointReader
-from dcext.format.manifest import FORMAT_VERSION
+from dcext.format.manifest import FORMAT_VERSION, parse_json_object
 from dcext.nn.compressed import CompressedModule, compressed_modules, storage_form
 from dcext.nn.convert import compress_module_
 from dcext.nn.linear import DCLinear
 from dcext.nn.matrix import kind_of
 from dcext.nn.split import Split, split_
+from dcext.quantize.report import CompressionReport
 from dcext.runtime.origin import Origin
 
 QUANT_METHOD = "dcext"
+REPORT_ATTRIBUTE = "dcext_report"
+REPORT_NAME = "compression_report.json"
 LEAVES = ("payload", "row_scale", "col_scale", "outlier_index", "outlier_weight")
 
 
@@ -92,6 +95,19 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensor = storage_form(tensor)
         tensors[name] = tensor
     return tensors
+
+
+def stored_report(reader: CheckpointReader) -> CompressionReport | None:
+    """What compression said of the layers of a checkpoint, verified; None where it is not there."""
+    if REPORT_NAME not in reader.file_names or not (reader.directory / REPORT_NAME).exists():
+        return None
+    data = parse_json_object(reader.read_file(REPORT_NAME), REPORT_NAME)
+    try:
+        return CompressionReport.from_dict(data)
+    except (KeyError, TypeError) as error:
+        raise FormatError(
+            f"{REPORT_NAME}: expected a report, found another field: {error}"
+        ) from None
 
 
 class Loader:

@@ -13,13 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcext.compress import REPORT_ATTRIBUTE
 from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.format import CheckpointReader, write_checkpoint
 from dcext.format.manifest import parse_json_object
 from dcext.format.writer import weights_file
-from dcext.loading import QUANT_METHOD, describe, stored_tensors
+from dcext.loading import (
+    QUANT_METHOD,
+    REPORT_ATTRIBUTE,
+    REPORT_NAME,
+    describe,
+    stored_tensors,
+)
 from dcext.nn.compressed import CompressedModule, compressed_modules
 from dcext.nn.device import check_device, place
 from dcext.policy.plan import Plan
@@ -28,7 +33,6 @@ from dcext.runtime.budget import parse_nbytes
 from dcext.runtime.offload import offload
 from dcext.runtime.retier import apply
 
-REPORT_NAME = "compression_report.json"
 # Of a float tensor that becomes three: headers, hashes, its row in the report.
 SIDE_NBYTES_PER_TENSOR = 600
 # transformers makes a model while torch's default dtype and its initializers are replaced, for all threads.
@@ -67,8 +71,7 @@ def save_pretrained(
             f"{type(model).__name__} with {len(modules)} compressed modules"
         )
     report = getattr(model, REPORT_ATTRIBUTE, None)
-    how = report.config if config is None and isinstance(report, CompressionReport) else None
-    how = config.to_dict() if config is not None else how
+    how = _how(model, report) if config is None else config.to_dict()
     files = _side_files(model, tokenizer)
     model_config = json.loads(files["config.json"])
     model_config["architectures"] = [type(model).__name__]
@@ -90,6 +93,13 @@ def save_pretrained(
         overwrite=overwrite,
         progress=progress,
     )
+
+
+def _how(model: Any, report: Any) -> dict[str, Any] | None:
+    """The settings that a model was compressed with, as its report or the checkpoint that it comes from has them."""
+    if isinstance(report, CompressionReport) and report.config is not None:
+        return report.config
+    return getattr(getattr(model.config, "quantization_config", None), "stored", {}).get("config")
 
 
 def _dtype(modules: Mapping[str, CompressedModule]) -> torch.dtype:
@@ -308,9 +318,6 @@ def _load(
         )
     if model_class is None:
         _check_complete(reader, loading)
-    if REPORT_NAME in files:
-        report = parse_json_object(files[REPORT_NAME], REPORT_NAME)
-        setattr(model, REPORT_ATTRIBUTE, CompressionReport.from_dict(report))
     return model
 
 

@@ -56,6 +56,7 @@ def show_layers(report: Any) -> None:
             f"cost {row['cost']:.3f} bits",
             highlight=False,
         )
+    console().print(report.describe_coverage(), highlight=False)
     for layer in report.layers:
         if layer.fallback is not None:
             console().print(f"[yellow]{layer.name}[/]: {layer.fallback}", highlight=False)

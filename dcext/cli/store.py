@@ -72,6 +72,14 @@ def compress(
     activations: Annotated[
         str, typer.Option(help="int8 (quantized per token, W8A8) or none (W8A16).")
     ] = "int8",
+    include: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Compress only layers in whose name this is found."),
+    ] = None,
+    exclude: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Leave layers float in whose name this is found."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what recipe rate draws.")] = 0,
     dtype: Annotated[
         str, typer.Option(help="Load MODEL in this dtype: auto, float32, bfloat16, float16.")
@@ -94,7 +102,7 @@ def compress(
     A calibrated run that is interrupted goes on where it was when the same command is given again.
     """
     import dcext
-    from dcext.calibrate.text import text_windows
+    from dcext.calibrate.resume import remove_resume_folder
     from dcext.format.writer import check_target
     from dcext.hub import DTYPES
     from dcext.pretrained import side_nbytes
@@ -117,11 +125,11 @@ def compress(
     _check_calibration(recipe, calibration)
     check_target(output.absolute(), overwrite)
     begin = time.perf_counter()
-    float_model, tokenizer, source = _load_float(model, dtype, low_memory)
+    needs_text = calibration is not None
+    float_model, tokenizer, source = _load_float(model, dtype, low_memory, needs_text)
     windows = None
     if calibration is not None:
-        text = calibration.read_text(encoding="utf-8")
-        windows = text_windows(tokenizer, text, tokens=calibration_tokens, context=context)
+        windows = _windows(float_model, tokenizer, calibration, calibration_tokens, context)
     if config.target_nbytes is not None:
         nbytes = config.target_nbytes - side_nbytes(float_model, tokenizer)
         config = replace(config, target_nbytes=nbytes)
@@ -131,17 +139,36 @@ def compress(
             float_model,
             config,
             windows,
+            include=include,
+            exclude=exclude,
             progress=lambda label, share: advance(label, share),
             resume_dir=resume,
             source=source,
         )
     _save(float_model, output, tokenizer, config, int(max_shard_gb * 1e9), overwrite)
+    remove_resume_folder(resume)
     report = float_model.dcext_report
     if plot is not None:
         from dcext.plots import plot_compression
 
         plot_compression(report, plot)
     _report_compressed(output, report, time.perf_counter() - begin, as_json)
+
+
+def _windows(model: Any, tokenizer: Any, calibration: Path, tokens: int, context: int) -> Any:
+    """Calibration windows of a text, for a model that reads tokens."""
+    import inspect
+
+    from dcext.calibrate.text import text_windows
+
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"--calibration: expected a model that reads text, got {type(model).__name__}; choose --recipe data-free, or "
+            "calibrate in Python: dcext.compress_(model, config, {argument: tensor, ..})"
+        )
+    text = calibration.read_text(encoding="utf-8")
+    reader = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    return text_windows(reader, text, tokens=tokens, context=context)
 
 
 def _number(option: str, value: str) -> float:
@@ -165,7 +192,9 @@ def _check_calibration(recipe: str, calibration: Path | None) -> None:
         raise FileNotFoundError(f"--calibration: {calibration}: expected a file, found none")
 
 
-def _load_float(model: str, dtype: str, low_memory: bool | None) -> tuple[Any, Any, Any]:
+def _load_float(
+    model: str, dtype: str, low_memory: bool | None, needs_tokenizer: bool
+) -> tuple[Any, Any, Any]:
     import os
 
     from dcext.hub import load_float_model, load_lazy_model, weights_nbytes
@@ -173,11 +202,17 @@ def _load_float(model: str, dtype: str, low_memory: bool | None) -> tuple[Any, A
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if low_memory is None:
         low_memory = dtype == "auto" and weights_nbytes(model) > memory / 2
+    loaded: tuple[Any, Any, Any]
     if low_memory:
         if dtype != "auto":
             raise ValueError(f"--low-memory: expected --dtype auto, got {dtype!r}")
-        return load_lazy_model(model)
-    return *load_float_model(model, dtype), None
+        loaded = load_lazy_model(model, needs_tokenizer=needs_tokenizer)
+    else:
+        loaded = (*load_float_model(model, dtype, needs_tokenizer=needs_tokenizer), None)
+    reason = "none found" if loaded[1] is None else getattr(loaded[1], "reason", None)
+    if reason is not None:
+        typer.echo(f"tokenizer: not loaded, stored as it is: {reason}", err=True)
+    return loaded
 
 
 def _save(

@@ -28,7 +28,14 @@ from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.format import CheckpointReader
 from dcext.format.manifest import MANIFEST_NAME
-from dcext.loading import QUANT_METHOD, Loader, describe, forget_ties
+from dcext.loading import (
+    QUANT_METHOD,
+    REPORT_ATTRIBUTE,
+    Loader,
+    describe,
+    forget_ties,
+    stored_report,
+)
 from dcext.nn.compressed import compressed_modules
 from dcext.nn.device import place
 
@@ -182,6 +189,7 @@ class DCQuantizer(HfQuantizer):
         )
         with torch.device("cpu"):  # transformers makes what is made meanwhile on the meta device
             used = loader.load_compressed(model)
+        self._report = stored_report(reader)
         for name in set(reader.names()) - used:  # transformers reads these, and knows no checksums
             reader.verify(name, options.progress)
         forget_ties(model)
@@ -204,6 +212,8 @@ class DCQuantizer(HfQuantizer):
         model.config.__dict__.pop("transformers_weights", None)
         model._keys_to_ignore_on_load_unexpected = self._known_unexpected
         model._weight_conversions = []
+        if self._report is not None:
+            setattr(model, REPORT_ATTRIBUTE, self._report)
         self._place(model)
         return model
 

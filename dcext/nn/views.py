@@ -74,8 +74,10 @@ class WeightView(Tensor):
         ):
             args[0].module.scale_(args[1] if func is torch.ops.aten.mul_.Tensor else 1 / args[1])  # type: ignore[operator]
             return args[0]
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.is_write and isinstance(value, WeightView):
+        named = zip((argument.name for argument in func._schema.arguments), args, strict=False)
+        given = {**dict(named), **kwargs}
+        for argument in func._schema.arguments:
+            if argument.is_write and isinstance(given.get(argument.name), WeightView):
                 raise RuntimeError(
                     f"{func}: expected a tensor that can be written to, got a compressed weight, which is read-only"
                 )

@@ -54,7 +54,7 @@ class OutputMoment:
         """
         flat = gradient.detach().reshape(-1, self._rows)
         for half, part in enumerate(flat.tensor_split(2)):
-            for chunk in part.split(TOKENS_AT_ONCE):
+            for chunk in part.split(TOKENS_AT_ONCE) if len(part) else ():
                 self._halves[half] += block_gram(chunk.t().float())
 
     def moment(self, tokens: int) -> Tensor:

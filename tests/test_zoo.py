@@ -1,0 +1,102 @@
+"""Families of models under every recipe: nothing left float in silence, outputs near the float model's, files that give the same back.
+
+`bench/zoo.py` does the same for all families and writes the table of docs/FAMILIES.md.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from zoo import FAMILIES
+from zoo.check import RECIPES, check_family
+
+# A few of each kind; each has something that the others have not.
+CHOSEN = [
+    "llama",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "bloom",
+    "falcon",
+    "mpt",
+    "cohere",
+    "glm4",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4_text",
+    "granitemoe",
+    "dbrx",
+    "jetmoe",
+    "switch_transformers",
+    "mamba2",
+    "jamba",
+    "recurrent_gemma",
+    "rwkv",
+    "qwen3_next",
+    "lfm2",
+    "bert",
+    "albert",
+    "deberta_v2",
+    "modernbert",
+    "xlnet",
+    "t5_gated",
+    "bart",
+    "marian",
+    "m2m_100",
+    "vit",
+    "swin",
+    "convnext",
+    "clip",
+    "siglip",
+    "detr",
+    "whisper",
+    "wav2vec2",
+    "encodec",
+    "speech_to_text",
+    "llava",
+    "qwen2_vl",
+    "mllama",
+    "blip_2",
+    "torch_encoder",
+    "torch_transformer",
+]
+LEAST_COVERAGE = 0.95
+MOST_ERROR_INT8 = 0.08  # W8A8
+# Choosing other experts, or gates that double errors, moves the outputs of these however well weights are rounded.
+LESS_EXACT = {"deepseek_v3", "switch_transformers", "qwen3_next"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # models are tiny
+    yield
+    torch.set_num_threads(before)
+
+
+def test_enough_are_chosen():
+    assert len(CHOSEN) >= 45
+    assert len({FAMILIES[name].group for name in CHOSEN}) >= 8
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", CHOSEN)
+def test_family(name, recipe, tmp_path):
+    family = FAMILIES[name]
+    if family.missing():
+        pytest.skip(family.missing())
+    row = check_family(family, recipe, tmp_path)
+    assert row.coverage >= LEAST_COVERAGE or row.left, row
+    assert row.loaded is not False, row
+    assert row.generates is not False, row
+    assert row.computed < 1e-3, row
+    if recipe == "int8" and name not in LESS_EXACT:
+        assert row.error_int8 < MOST_ERROR_INT8, row
