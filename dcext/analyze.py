@@ -238,7 +238,7 @@ def analyze_model(
 
 def _owners(model: nn.Module) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
     """Each weight by the name of its first layer, with the names of the others that share it."""
-    modules = find_matrices(model, lambda name, module: True).modules
+    modules = find_matrices(model, lambda name, module: True, smallest_nbytes=0).modules
     if not modules:
         raise ValueError(
             f"analyze_model: model: expected linear layers or embeddings, found none in {type(model).__name__}"

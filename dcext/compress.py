@@ -31,7 +31,7 @@ from dcext.quantize.report import CompressionReport
 from dcext.quantize.rounding import quantize_absmax
 
 ProgressFn = Callable[[str, float], None]
-JOB_VERSION = 3  # of what recipes compute: raised when a change makes kept blocks useless
+JOB_VERSION = 4  # of what recipes compute: raised when a change makes kept blocks useless
 OTHERS_SHARE = 0.05  # of all work: what lies outside the blocks
 LEAST_COVERAGE = 0.95  # of the weights of matrices, without a warning
 

@@ -98,12 +98,15 @@ def _keeps_parameters(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ or type(module).__module__.startswith("peft.")
 
 
-def find_matrices(model: nn.Module, passes: FilterFn) -> Found:
+def find_matrices(
+    model: nn.Module, passes: FilterFn, smallest_nbytes: int = SMALLEST_NBYTES
+) -> Found:
     """All layers of a prepared model that can be compressed: linear layers, convolutions, embeddings and subclasses.
 
     Args:
         model: after ``prepare_``.
         passes: as for ``prepare_``.
+        smallest_nbytes: smaller float matrices are left out.
     """
     found = Found()
     for name, module in model.named_modules():
@@ -112,7 +115,7 @@ def find_matrices(model: nn.Module, passes: FilterFn) -> Found:
         reason = (
             EXCLUDED
             if not passes(_name_for_filter(name), module)
-            else _obstacle(name, module, model)
+            else _obstacle(name, module, model, smallest_nbytes)
         )
         if reason is None:
             found.modules[name] = module
@@ -126,7 +129,9 @@ def _name_for_filter(name: str) -> str:
     return re.sub(rf"{ITEMS_SUFFIX}\.\d+$", "", name)
 
 
-def _obstacle(name: str, module: nn.Module, model: nn.Module) -> str | None:
+def _obstacle(
+    name: str, module: nn.Module, model: nn.Module, smallest_nbytes: int = SMALLEST_NBYTES
+) -> str | None:
     weight = getattr(module, "weight", None)  # or what a parametrization computes
     if weight is None or weight.dim() < 2 or not weight.is_floating_point():
         return BARE
@@ -138,7 +143,7 @@ def _obstacle(name: str, module: nn.Module, model: nn.Module) -> str | None:
         return ROUTER
     if getattr(module, "groups", 1) > 1 and weight[0].numel() < FEWEST_COLUMNS:
         return NARROW
-    return SMALL if weight.numel() * weight.element_size() < SMALLEST_NBYTES else None
+    return SMALL if weight.numel() * weight.element_size() < smallest_nbytes else None
 
 
 def _ancestors(name: str, model: nn.Module) -> Iterator[nn.Module]:
