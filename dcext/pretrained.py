@@ -75,7 +75,9 @@ def save_pretrained(
     files = _side_files(model, tokenizer)
     model_config = json.loads(files["config.json"])
     model_config["architectures"] = [type(model).__name__]
-    model_config["dtype"] = str(_dtype(modules)).removeprefix("torch.")
+    dtype = str(_dtype(modules)).removeprefix("torch.")
+    model_config["dtype"] = dtype
+    _fill_dtypes(model_config, dtype)
     tensors = stored_tensors(model)
     model_config["quantization_config"] = {
         **describe(model, how),
@@ -106,6 +108,15 @@ def _dtype(modules: Mapping[str, CompressedModule]) -> torch.dtype:
     """What most compressed layers compute in."""
     dtypes = [module.dtype for module in modules.values()]
     return max(set(dtypes), key=dtypes.count)
+
+
+def _fill_dtypes(config: dict[str, Any], dtype: str) -> None:
+    """Gives configurations within a configuration the dtype that transformers would give them when it loads them."""
+    for inner in config.values():
+        if isinstance(inner, dict):
+            if "model_type" in inner or "dtype" in inner:
+                inner["dtype"] = inner.get("dtype") or dtype
+            _fill_dtypes(inner, dtype)
 
 
 def save_for_transformers(

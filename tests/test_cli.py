@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -331,3 +332,124 @@ def test_the_real_model(smollm2_gguf, evaluation_text, tmp_path):
         }.values()
     )
     assert payload_bits <= 1.01 * report["entropy"] * report["weights"]
+
+
+def test_names_are_left_out_and_the_coverage_is_told(folders, tmp_path):
+    text = run(
+        "compress", folders / "float", "-o", tmp_path / "m", "--recipe", "int8", "--exclude", "mlp"
+    ).stdout
+    assert "weights compressed" in text
+    assert "excluded by the caller" in text
+    report = json.loads((tmp_path / "m" / "compression_report.json").read_text())
+    assert {row["name"].split(".")[3] for row in report["left"] if "mlp" in row["name"]} == {"mlp"}
+    error = run(
+        "compress",
+        folders / "float",
+        "-o",
+        tmp_path / "n",
+        "--exclude",
+        "(",
+        "--recipe",
+        "int8",
+        code=1,
+    )
+    assert "exclude: expected a regular expression" in error.stderr
+
+
+@pytest.fixture(scope="module")
+def marian(tmp_path_factory):
+    """A model whose tokenizer cannot be loaded: its package is hidden."""
+    folder = tmp_path_factory.mktemp("marian") / "float"
+    config = transformers.MarianConfig(
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        vocab_size=256,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+        eos_token_id=1,
+    )
+    transformers.MarianMTModel(config).save_pretrained(folder)
+    (folder / "source.spm").write_bytes(b"\0")
+    (folder / "vocab.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "MarianTokenizer"}')
+    hidden = tmp_path_factory.mktemp("hidden")
+    (hidden / "sitecustomize.py").write_text("import sys; sys.modules['sentencepiece'] = None\n")
+    return folder, hidden
+
+
+def test_a_tokenizer_that_is_not_needed_is_no_problem(marian, tmp_path, monkeypatch):
+    folder, hidden = marian
+    monkeypatch.setenv("PYTHONPATH", str(hidden))
+    out = tmp_path / "out"
+    told = run("compress", folder, "-o", out, "--recipe", "data-free", "--bits", "5").stderr
+    assert "pip install sentencepiece" in told
+    for name in ("source.spm", "vocab.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    model = dcext.from_pretrained(out)
+    assert type(model).__name__ == "MarianMTModel"
+    bits = {
+        half: [
+            layer.bits_per_weight
+            for layer in model.dcext_report.layers
+            if f".{half}.layers." in layer.name
+        ]
+        for half in ("encoder", "decoder")
+    }
+    mean = {half: sum(values) / len(values) for half, values in bits.items()}
+    assert mean["encoder"] == pytest.approx(mean["decoder"], rel=0.05)  # one target over both
+
+
+def test_a_tokenizer_that_is_needed_and_missing_is_one_line(marian, tmp_path, monkeypatch):
+    folder, hidden = marian
+    monkeypatch.setenv("PYTHONPATH", str(hidden))
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = ("compress", folder, "-o", tmp_path / "out", "--calibration", tmp_path / "text.txt")
+    error = run(*command, code=1).stderr.strip().splitlines()
+    assert "pip install sentencepiece" in error[-1]
+    assert len(error[-1]) < 300
+    assert not (tmp_path / "out").exists()
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+from dcext.cli.app import main
+main()
+"""
+
+
+def test_a_result_that_cannot_be_written_does_not_lose_the_calibration(folders, tmp_path):
+    """Files may grow as large as the steps that are kept, so that only the shard of the result fails."""
+    shutil.copytree(folders / "float", tmp_path / "float")
+    tiny_llama(vocab_size=65536).save_pretrained(tmp_path / "float")
+    command = [
+        *("compress", str(tmp_path / "float"), "-o", str(tmp_path / "out")),
+        *("--calibration", str(folders / "text.txt"), "--bits", "6"),
+        *("--calibration-tokens", "256", "--context", "64"),
+    ]
+    limit = "2000000"
+    failed = subprocess.run(
+        [sys.executable, "-c", LIMITED, limit, *command], capture_output=True, text=True
+    )
+    assert failed.returncode != 0
+    assert "File too large" in failed.stderr, failed.stderr
+    steps = tmp_path / ".out.dcext-resume"
+    kept = sorted(path.name for path in steps.iterdir())
+    assert {"block-00000.safetensors", "block-00001.safetensors"} <= set(kept)
+    before = {name: (steps / name).stat().st_mtime_ns for name in kept if "block" in name}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [steps.name, "float"]
+    check = subprocess.run(
+        [sys.executable, "-c", LIMITED, limit, *command], capture_output=True, text=True
+    )
+    assert check.returncode != 0
+    assert before == {name: (steps / name).stat().st_mtime_ns for name in before}  # not done again
+    run(*command)
+    assert not steps.exists()
+    assert dcext.from_pretrained(tmp_path / "out") is not None
