@@ -13,7 +13,7 @@ from dcext.nn.compressed import compressed_modules
 
 transformers = pytest.importorskip("transformers")
 
-from zoo import FAMILIES
+from zoo import FAMILIES  # noqa: E402
 
 W8A16 = dcext.CompressionConfig(recipe="int8", activations="none", codec="zstd")
 EXPERT = re.compile(r"^(.*experts.*)_items\.(\d+)$")
