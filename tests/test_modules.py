@@ -54,7 +54,7 @@ def with_dequantized(module: nn.Module, compressed: nn.Module) -> nn.Module:
     for name, layer in compressed_modules(compressed).items():
         float_layer = module.get_submodule(name)
         with torch.no_grad():
-            float_layer.weight.copy_(layer.weight.values())
+            float_layer.weight.copy_(layer.weight.decoded())
     return module
 
 
@@ -116,6 +116,16 @@ def test_the_weight_is_read_only():
     compressed.weight = compressed.weight  # what ties weights does this
     assert compressed.weight.requires_grad_(False).shape == (16, 32)
     assert torch.equal(compressed.dequantize(), before)
+
+
+def test_weights_can_be_scaled_in_place():
+    """RWKV does so when it is first run."""
+    compressed = dcext.DCLinear.from_float(seeded(nn.Linear(32, 16)))
+    before = compressed.dequantize()
+    compressed.weight.div_(4)
+    torch.testing.assert_close(compressed.dequantize(), before / 4)
+    compressed.weight.mul_(4)
+    torch.testing.assert_close(compressed.dequantize(), before)
 
 
 def test_subclasses_keep_what_they_add():
@@ -205,10 +215,10 @@ def test_pruned_and_normed_layers():
     dcext.compress_(model, W8A16)
     for layer, weight in zip(model, weights, strict=True):
         assert isinstance(layer, CompressedModule)
-        assert close(layer.weight.values(), weight)
+        assert close(layer.weight.decoded(), weight)
     assert float((model[0].qweight() == 0).float().mean()) >= 0.5
     copied = pickle.loads(pickle.dumps(model))
-    assert torch.equal(copied[2].weight.values(), model[2].weight.values())
+    assert torch.equal(copied[2].weight.decoded(), model[2].weight.decoded())
 
 
 def test_attention_transformers_and_recurrent_networks_of_torch():

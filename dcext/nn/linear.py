@@ -191,6 +191,12 @@ class DCLinear(CompressedModule, nn.Linear):
         # Looking buffers up as attributes takes as long as a small layer's product.
         return self._product(x, self._buffers["bias"])
 
+    def scale_(self, factor: float) -> None:
+        """As every compressed module's, outlier columns included."""
+        super().scale_(factor)
+        if self.outlier_weight is not None:
+            self.outlier_weight.mul_(factor)
+
     def multiply(self, x: Tensor) -> Tensor:
         """``forward`` without the bias."""
         return self._product(x, None)

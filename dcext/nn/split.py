@@ -154,7 +154,7 @@ def _view(module: nn.Module, attribute: str) -> Tensor:
 def _flat_weights(self: nn.Module) -> list[Tensor]:
     """What a recurrent network of torch multiplies with: plain tensors, decoded for each call."""
     tensors = [getattr(self, name) for name in cast(list[str], self._flat_weights_names)]
-    return [tensor.values() if isinstance(tensor, WeightView) else tensor for tensor in tensors]
+    return [tensor.decoded() if isinstance(tensor, WeightView) else tensor for tensor in tensors]
 
 
 @cache

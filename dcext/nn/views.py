@@ -31,8 +31,8 @@ class WeightView(Tensor):
     """A tensor that stands for the weights of frozen modules; every use of its values decodes them anew.
 
     Read-only, but for being multiplied or divided by a number in place: all other writing to it, or asking it for
-    gradients, raises ``RuntimeError``. Results of operators are ordinary
-    tensors, but for ``detach`` and transposition, which give another view.
+    gradients, raises ``RuntimeError``. Results of operators are ordinary tensors, but for ``detach`` and transposition,
+    which give another view.
     """
 
     _is_hf_initialized = True  # what transformers asks before it draws initial values
@@ -67,12 +67,9 @@ class WeightView(Tensor):
         kwargs = kwargs or {}
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0].another()
-        if (
-            func in _SCALINGS
-            and isinstance(args[0], MatrixView)
-            and isinstance(args[1], (int, float))
-        ):
-            args[0].module.scale_(args[1] if func is torch.ops.aten.mul_.Tensor else 1 / args[1])  # type: ignore[operator]
+        if func in _SCALINGS and _is_scalable(*args[:2]):
+            factor = args[1] if func is torch.ops.aten.mul_.Tensor else 1 / args[1]
+            args[0].module.scale_(factor)
             return args[0]
         named = zip((argument.name for argument in func._schema.arguments), args, strict=False)
         given = {**dict(named), **kwargs}
@@ -83,7 +80,7 @@ class WeightView(Tensor):
                 )
         return func(*tree_map(_values, args), **tree_map(_values, kwargs))
 
-    def values(self) -> Tensor:
+    def decoded(self) -> Tensor:
         """What it stands for: a new tensor of its shape, dtype and device."""
         raise NotImplementedError
 
@@ -98,14 +95,19 @@ class WeightView(Tensor):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.values()
+        return self.decoded()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.values().__reduce_ex__(protocol)
+        return self.decoded().__reduce_ex__(protocol)
+
+
+def _is_scalable(view: Any, factor: Any) -> bool:
+    is_number = isinstance(factor, (int, float))
+    return is_number and isinstance(view, MatrixView) and hasattr(view.module, "scale_")
 
 
 def _values(value: Any) -> Any:
-    return value.values() if isinstance(value, WeightView) else value
+    return value.decoded() if isinstance(value, WeightView) else value
 
 
 class MatrixView(WeightView):
@@ -158,7 +160,7 @@ class MatrixView(WeightView):
         rows, cols = _matrix_shape(self.module)
         return tuple(self.shape) == ((cols, rows) if self.is_transposed else (rows, cols))
 
-    def values(self) -> Tensor:
+    def decoded(self) -> Tensor:
         matrix = _matrix(self.module)
         return (matrix.t() if self.is_transposed else matrix).reshape(self.shape)
 
@@ -240,7 +242,7 @@ class StackView(WeightView):
             parts.append(part)
         return torch.stack(parts)
 
-    def values(self) -> Tensor:
+    def decoded(self) -> Tensor:
         matrices = [_matrix(module) for module in self.modules]
         return torch.stack([m.t() if self.is_transposed else m for m in matrices]).reshape(
             self.shape
