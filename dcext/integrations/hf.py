@@ -37,6 +37,7 @@ from dcext.loading import (
     stored_report,
 )
 from dcext.nn.compressed import compressed_modules
+from dcext.nn.convert import decompress_module_
 from dcext.nn.device import place
 
 if TYPE_CHECKING:
@@ -242,6 +243,20 @@ class DCQuantizer(HfQuantizer):
             exclude=config.exclude,
         )
         model.is_quantized = False
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """For ``model.dequantize()``: float layers again, with the weights that were stood for; tied ones are shared."""
+        weights: dict[tuple[int, torch.Size], torch.nn.Parameter] = {}
+        for module in compressed_modules(model).values():
+            key = (id(module.payload), module.weight.shape)
+            if key not in weights:
+                values = (module.weight + 0).to(dtype or module.dtype)
+                weights[key] = torch.nn.Parameter(values, requires_grad=False)
+            decompress_module_(module, weights[key])
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config.__dict__.pop("_is_quantized", None)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

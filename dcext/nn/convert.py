@@ -8,9 +8,9 @@ from functools import cache
 from torch import Tensor, nn
 
 from dcext.codec import payload_info
-from dcext.nn.compressed import CompressedModule
+from dcext.nn.compressed import COMPUTE_DTYPE, OWN_BUFFERS, CompressedModule
 from dcext.nn.convolution import DCConvolution
-from dcext.nn.derived import make_class
+from dcext.nn.derived import arguments_of, make_class
 from dcext.nn.embedding import DCEmbedding
 from dcext.nn.linear import DCLinear
 from dcext.nn.matrix import kind_of
@@ -68,6 +68,60 @@ def compress_module_(
     if tuple(shape) != module.shape:
         module._weight_shape = shape
     return module
+
+
+def decompress_module_(module: CompressedModule, weight: nn.Parameter | None = None) -> nn.Module:
+    """The inverse of ``compress_module_``, up to rounding: the float layer again, with the weights that it stood for.
+
+    Args:
+        module: on the CPU or a device, where its weight will be.
+        weight: what it gets; None for its own weights, decoded, in the dtype that it computes in.
+
+    Returns:
+        The module.
+    """
+    if weight is None:
+        weight = nn.Parameter(module.weight + 0, requires_grad=False)
+    bias = module._buffers.get("bias")
+    sizes = {"out_features": module.shape[0], "in_features": module.shape[1]}
+    is_linear = isinstance(module, DCLinear)
+    float_class = _float_class(type(module))
+    for name in OWN_BUFFERS:
+        module._buffers.pop(name, None)
+    del module._parameters[COMPUTE_DTYPE]
+    for name in _OWN_ATTRIBUTES:
+        module.__dict__.pop(name, None)
+    module.__class__ = float_class  # type: ignore[assignment]
+    result: nn.Module = module
+    if is_linear:
+        values = None if bias is None else bias.to(weight.dtype)
+        frozen = None if values is None else nn.Parameter(values, requires_grad=False)
+        result.register_parameter("bias", frozen)
+        for name, size in sizes.items():
+            result.__dict__.setdefault(name, size)
+    result.weight = weight
+    return result
+
+
+_OWN_ATTRIBUTES = (
+    "shape",
+    "codec",
+    "activations",
+    "origin",
+    "resting",
+    "decoded",
+    "travels_with",
+    "is_hidden",
+    "_is_in_file",
+    "_weight_shape",
+    "_rows",
+)
+
+
+def _float_class(compressed: type[nn.Module]) -> type[nn.Module]:
+    """What ``compressed_class`` made a class of."""
+    plain: dict[type, type[nn.Module]] = {DCLinear: nn.Linear, DCEmbedding: nn.Embedding}
+    return plain.get(compressed) or arguments_of(compressed)[0]
 
 
 @cache

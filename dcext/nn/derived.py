@@ -30,6 +30,11 @@ def make_class(
     return type(name, bases, {**members, **recipe})
 
 
+def arguments_of(kind: type[nn.Module]) -> tuple[Any, ...]:
+    """What ``make`` is called with to make a class of ``make_class``."""
+    return getattr(kind, _RECIPE)[1]
+
+
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
     return _blank, getattr(type(self), _RECIPE), state
