@@ -1,19 +1,23 @@
-"""Float layers turned into compressed ones in place: the module stays the same object, its class changes."""
+"""Float layers turned into compressed ones in place: the module stays the same object, its class changes. And back."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from functools import cache
 
+import torch
 from torch import Tensor, nn
 
-from dcext.codec import payload_info
-from dcext.nn.compressed import CompressedModule
+from dcext.codec import CODECS, encode, payload_info
+from dcext.nn.compressed import COMPUTE_DTYPE, OWN_BUFFERS, CompressedModule
 from dcext.nn.convolution import DCConvolution
-from dcext.nn.derived import make_class
+from dcext.nn.derived import arguments_of, make_class
 from dcext.nn.embedding import DCEmbedding
-from dcext.nn.linear import DCLinear
-from dcext.nn.matrix import kind_of
+from dcext.nn.linear import CompressedLinear, DCLinear
+from dcext.nn.matrix import kind_of, matrix_of
+from dcext.nn.views import MatrixView
+from dcext.quantize import quantize_absmax
 
 
 def compress_module_(
@@ -63,11 +67,98 @@ def compress_module_(
     module.__class__ = kind
     assert isinstance(module, CompressedModule)
     module._take_matrix(payload, row_scale, col_scale, dtype)
-    if isinstance(module, DCLinear):
+    if isinstance(module, CompressedLinear):
         module._take_others(bias, activations, outliers)
     if tuple(shape) != module.shape:
         module._weight_shape = shape
     return module
+
+
+def float_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module in which compressed layers are float again, with the values that they stand for, frozen.
+
+    What else a compressed layer has (hooks, flags, other parameters) a copy of that layer shares with it; modules that
+    contain compressed layers are copied deeply.
+    """
+    if isinstance(module, CompressedModule):
+        return _float_layer(module)
+    copied = copy.deepcopy(module)
+    for name, child in list(copied.named_modules()):
+        if isinstance(child, CompressedModule):
+            parent, _, leaf = name.rpartition(".")
+            copied.get_submodule(parent)._modules[leaf] = _float_layer(child)
+    return copied
+
+
+@torch.no_grad()
+def _float_layer(module: CompressedModule) -> nn.Module:
+    kind = float_class(type(module))
+    layer = kind.__new__(kind)
+    layer.__dict__.update(
+        {name: value for name, value in vars(module).items() if name not in _OF_COMPRESSED}
+    )
+    for name in getattr(kind, "__constants__", ()):  # those that a class computes or inherits
+        if hasattr(module, name):
+            layer.__dict__.setdefault(name, getattr(module, name))
+    parameters = {"weight": _values(module).contiguous()}
+    bias = module._buffers.get("bias")
+    if bias is not None:
+        parameters["bias"] = bias.to(module.dtype, copy=True)
+    kept = {name: p for name, p in module._parameters.items() if name != COMPUTE_DTYPE}
+    frozen = {name: nn.Parameter(value, requires_grad=False) for name, value in parameters.items()}
+    layer._parameters = {**({"bias": None} if hasattr(module, "bias") else {}), **kept, **frozen}
+    layer._buffers = {n: b for n, b in module._buffers.items() if n not in OWN_BUFFERS}
+    return layer
+
+
+_OF_COMPRESSED = {
+    *("shape", "codec", "activations", "origin", "resting", "travels_with", "decoded"),
+    *("_is_in_file", "_weight_shape", "_rows", "is_hidden"),
+}
+
+
+def _values(module: CompressedModule) -> Tensor:
+    weight = module.weight
+    return weight.values() if isinstance(weight, MatrixView) else weight
+
+
+def float_class(compressed: type[CompressedModule]) -> type[nn.Module]:
+    """The class of float layers that a class of compressed ones stands for: the inverse of ``compressed_class``."""
+    if compressed is DCLinear:
+        return nn.Linear
+    if compressed is DCEmbedding:
+        return nn.Embedding
+    kind: type[nn.Module] = arguments_of(compressed)[0]
+    return kind
+
+
+@torch.no_grad()
+def encode_anew_(module: CompressedModule, layer: nn.Module) -> None:
+    """Gives a compressed module the values of a float layer: INT8 by the largest magnitude per row, in the codec it has.
+
+    Column scales and outlier columns go; modules that shared the payload keep it.
+
+    Args:
+        module: where it is: in memory or on a device; what was in a file is in memory afterwards.
+        layer: of the module's ``MatrixKind`` and shape, such as ``float_copy`` returns.
+
+    Raises:
+        ValueError: the layer's weights hold NaN or infinity.
+    """
+    device = module.row_scale.device
+    qweight, row_scale = quantize_absmax(matrix_of(layer).float().cpu(), "row")
+    codec = module.codec if module.codec in CODECS else "auto"
+    module.origin = None
+    module.rest_in_memory(encode(qweight, codec))
+    module.row_scale, module.col_scale = row_scale.to(device), None
+    bias = layer._parameters.get("bias")
+    if isinstance(module, CompressedLinear):
+        module.outlier_index = module.outlier_weight = None
+        module.bias = None if bias is None else bias.detach().float().to(device)
+    elif bias is not None:
+        module._parameters["bias"] = bias
+    if device.type != "cpu":
+        module.rest_on(module.payload, device)
 
 
 @cache
@@ -106,7 +197,7 @@ def _compressed_base(base: type) -> type[CompressedModule] | None:
     transposed = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     if base is transposed:
         members = {"_is_transposed": True, "__repr__": nn.Module.__repr__}
-        return make_class("DCConv1D", (DCLinear, base), members, compressed_class, base)  # type: ignore[return-value]
+        return make_class("DCConv1D", (CompressedLinear, base), members, compressed_class, base)  # type: ignore[return-value]
     return None
 
 
