@@ -6,7 +6,8 @@ in LoRA, DoRA, IA3 and its other methods. What is added, once PEFT is imported (
 - ``merge_and_unload`` merges each adapter into a float copy of its layer and encodes that anew, and warns how much that
   changes weights and size. ``merge_adapter``, which promises that it can be undone, is refused.
 - Modules of ``modules_to_save`` are float copies, which can be trained.
-- ``bias="all"`` and the like are refused, for the biases of compressed layers are frozen.
+- Experts are linear layers of their own: ``target_modules="all-linear"`` takes them for such, ``target_parameters`` is
+  refused for them. So is ``bias="all"`` and the like, for the biases of compressed layers are frozen.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcext.find import splits_in
 from dcext.nn.compressed import CompressedModule, compressed_modules
 from dcext.nn.convert import encode_anew_, float_copy
 from dcext.nn.matrix import matrix_of
+from dcext.nn.split import ITEMS_SUFFIX, split_of
 
 _IS_OURS = "_dcext_replacement"
 _WAY_OUT = (
@@ -64,7 +67,7 @@ def extend_tuners(module: ModuleType) -> None:
     tuner, layer = module.BaseTuner, module.BaseTunerLayer
     _replace(tuner, "_unload_and_optionally_merge", lambda own: _unload(own, layer))
     _replace(tuner, "merge_adapter", lambda own: _merge_adapter(own, layer))
-    _replace(tuner, "inject_adapter", _inject_adapter)
+    _replace(tuner, "inject_adapter", lambda own: _inject_adapter(own, module))
 
 
 def extend_modules_to_save(module: ModuleType) -> None:
@@ -168,20 +171,41 @@ def _merge_adapter(own: Callable[..., None], layer_class: type) -> Callable[...,
     return merge_adapter
 
 
-def _inject_adapter(own: Callable[..., Any]) -> Callable[..., Any]:
+def _inject_adapter(own: Callable[..., Any], tuners: Any) -> Callable[..., Any]:
     def inject_adapter(
         self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
-        bias = getattr(self.peft_config[adapter_name], "bias", "none")
-        for name, module in compressed_modules(model).items():
-            if bias != "none" and module._buffers.get("bias") is not None:
-                raise ValueError(
-                    f"bias: expected 'none', got {bias!r}: {name} is compressed, and its bias frozen (lora_bias=True "
-                    "trains one beside it)"
-                )
-        return own(self, model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        _check_bias(getattr(config, "bias", "none"), model)
+        if splits_in(model) and getattr(config, "target_modules", None) is not None:
+            # Else "all-linear" means the stacks that experts are in transformers 5: here they are linear layers.
+            config = tuners._maybe_include_all_linear_layers(config, model)
+            self.peft_config[adapter_name] = config
+        own(self, model, adapter_name, *args, **kwargs)
+        for name, layer in model.named_modules():
+            if isinstance(layer, tuners.BaseTunerLayer):
+                _check_parameter(name, layer)
 
     return inject_adapter
+
+
+def _check_bias(bias: str, model: nn.Module) -> None:
+    for name, module in compressed_modules(model).items():
+        if bias != "none" and module._buffers.get("bias") is not None:
+            raise ValueError(
+                f"bias: expected 'none', got {bias!r}: {name} is compressed, and its bias frozen (lora_bias=True trains "
+                "one beside it)"
+            )
+
+
+def _check_parameter(name: str, layer: Any) -> None:
+    parameter = getattr(layer, "parameter_name", None)
+    if parameter in split_of(layer.get_base_layer()):
+        items = f"{parameter}{ITEMS_SUFFIX}"
+        raise ValueError(
+            f"target_parameters: expected float parameters, got {parameter!r} of {name}, whose matrices are compressed "
+            rf"layers: expected target_modules that match them, such as r'.*\.{items}\.\d+' or 'all-linear'"
+        )
 
 
 def _update_saved(own: Callable[..., None]) -> Callable[..., None]:

@@ -272,10 +272,10 @@ def _embedding(indices: Any, weight: Any, *others: Any, **named: Any) -> Tensor 
 
 def _multiply(module: nn.Module, x: Tensor) -> Tensor:
     """``x @ matrix.T`` without the module's bias."""
-    if getattr(module, IS_ITEM, False):
-        return module(x)  # so that hooks see it
     multiply = getattr(module, "multiply", None)
-    return functional.linear(x, _matrix(module)) if multiply is None else multiply(x)
+    if multiply is None or getattr(module, IS_ITEM, False):
+        return module(x)  # an item, perhaps with an adapter around it; so that hooks see it
+    return cast(Tensor, multiply(x))
 
 
 def _address(module: nn.Module) -> int:
@@ -301,4 +301,11 @@ def _dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
 
 def _matrix(module: nn.Module) -> Tensor:
     dequantize = getattr(module, "dequantize", None)
-    return cast(Tensor, module.weight).detach() if dequantize is None else dequantize()
+    if dequantize is not None:
+        return cast(Tensor, dequantize())
+    if hasattr(module, "base_layer"):
+        raise RuntimeError(
+            f"weight: expected its values to be used in products by the whole matrix, for {type(module).__name__} adds an "
+            "adapter to it, got another use"
+        )
+    return cast(Tensor, module.weight).detach()
