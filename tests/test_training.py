@@ -263,5 +263,5 @@ def test_a_gradient_that_cannot_be_read_is_an_error(streamed):
         file.seek(middle)
         file.write(bytes(64))
         file.flush()
-        with pytest.raises(ValueError, match="linear_streamed_input_grad: .*file changed"):
+        with pytest.raises(ValueError, match=r"linear_streamed_input_grad: .*file changed"):
             loss.backward()

@@ -27,7 +27,7 @@ from dcext.find import splits_in
 from dcext.nn.compressed import CompressedModule, compressed_modules
 from dcext.nn.convert import encode_anew_, float_copy
 from dcext.nn.matrix import matrix_of
-from dcext.nn.split import ITEMS_SUFFIX, split_of
+from dcext.nn.split import ITEMS_SUFFIX
 
 _IS_OURS = "_dcext_replacement"
 _WAY_OUT = (
@@ -67,7 +67,7 @@ def extend_tuners(module: ModuleType) -> None:
     tuner, layer = module.BaseTuner, module.BaseTunerLayer
     _replace(tuner, "_unload_and_optionally_merge", lambda own: _unload(own, layer))
     _replace(tuner, "merge_adapter", lambda own: _merge_adapter(own, layer))
-    _replace(tuner, "inject_adapter", lambda own: _inject_adapter(own, module))
+    _replace(tuner, "inject_adapter", _inject_adapter)
 
 
 def extend_modules_to_save(module: ModuleType) -> None:
@@ -75,8 +75,13 @@ def extend_modules_to_save(module: ModuleType) -> None:
     _replace(module.ModulesToSaveWrapper, "update", _update_saved)
 
 
+def extend_conversion(module: ModuleType) -> None:
+    """Extends ``peft.utils.transformers_weight_conversion``."""
+    _replace(module, "convert_peft_config_for_transformers", _convert_config)
+
+
 def _replace(
-    kind: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+    kind: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> None:
     own = getattr(kind, name, None)
     if own is None:
@@ -171,22 +176,28 @@ def _merge_adapter(own: Callable[..., None], layer_class: type) -> Callable[...,
     return merge_adapter
 
 
-def _inject_adapter(own: Callable[..., Any], tuners: Any) -> Callable[..., Any]:
+def _inject_adapter(own: Callable[..., Any]) -> Callable[..., Any]:
     def inject_adapter(
         self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
         config = self.peft_config[adapter_name]
         _check_bias(getattr(config, "bias", "none"), model)
-        if splits_in(model) and getattr(config, "target_modules", None) is not None:
-            # Else "all-linear" means the stacks that experts are in transformers 5: here they are linear layers.
-            config = tuners._maybe_include_all_linear_layers(config, model)
-            self.peft_config[adapter_name] = config
-        own(self, model, adapter_name, *args, **kwargs)
-        for name, layer in model.named_modules():
-            if isinstance(layer, tuners.BaseTunerLayer):
-                _check_parameter(name, layer)
+        _check_parameters(config, model)
+        return own(self, model, adapter_name, *args, **kwargs)
 
     return inject_adapter
+
+
+def _convert_config(own: Callable[..., None]) -> Callable[..., None]:
+    def convert_peft_config_for_transformers(
+        peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        # It makes a pattern a list of last names, and those of experts the stacks that they are in transformers 5.
+        if not (splits_in(model) and isinstance(peft_config.target_modules, str)):
+            own(peft_config, model, *args, **kwargs)
+            _check_parameters(peft_config, model)
+
+    return convert_peft_config_for_transformers
 
 
 def _check_bias(bias: str, model: nn.Module) -> None:
@@ -198,14 +209,16 @@ def _check_bias(bias: str, model: nn.Module) -> None:
             )
 
 
-def _check_parameter(name: str, layer: Any) -> None:
-    parameter = getattr(layer, "parameter_name", None)
-    if parameter in split_of(layer.get_base_layer()):
-        items = f"{parameter}{ITEMS_SUFFIX}"
-        raise ValueError(
-            f"target_parameters: expected float parameters, got {parameter!r} of {name}, whose matrices are compressed "
-            rf"layers: expected target_modules that match them, such as r'.*\.{items}\.\d+' or 'all-linear'"
-        )
+def _check_parameters(config: Any, model: nn.Module) -> None:
+    targets = tuple(getattr(config, "target_parameters", None) or ())
+    for name, splits in splits_in(model).items() if targets else ():
+        for attribute in splits:
+            if f"{name}.{attribute}".endswith(targets):
+                raise ValueError(
+                    f"target_parameters: expected float parameters, got {attribute!r} of {name}, whose matrices are "
+                    "compressed layers: expected target_modules that match these, such as 'all-linear' or "
+                    rf"r'.*\.{attribute}{ITEMS_SUFFIX}\.\d+'"
+                )
 
 
 def _update_saved(own: Callable[..., None]) -> Callable[..., None]:

@@ -35,11 +35,18 @@ def _extend_modules_to_save(module: ModuleType) -> None:
     peft.extend_modules_to_save(module)
 
 
+def _extend_conversion(module: ModuleType) -> None:
+    from dcext.integrations import peft
+
+    peft.extend_conversion(module)
+
+
 _AFTER: dict[str, Callable[[ModuleType], None]] = {
     "transformers.quantizers.auto": _add_method,
     "transformers.modeling_utils": _replace_saving,
     "peft.tuners.tuners_utils": _extend_tuners,
     "peft.utils.other": _extend_modules_to_save,
+    "peft.utils.transformers_weight_conversion": _extend_conversion,
 }
 
 
