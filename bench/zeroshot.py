@@ -53,7 +53,7 @@ sys.path.insert(0, str(ROOT / "third_party"))
 import fetch
 from dcext.format.manifest import MANIFEST_NAME
 from dcext.hub import load_float_model, load_tokenizer
-from dcext.nn import DCLinear
+from dcext.nn.linear import CompressedLinear
 from dcext.pretrained import from_pretrained
 from tasks import DEFAULT_TASKS, HARNESS, PACK_TOKENS, TASKS, TreeLM, score
 
@@ -77,7 +77,7 @@ def load_model(model: str) -> tuple[nn.Module, Any]:
 @contextmanager
 def float_activations(model: nn.Module) -> Iterator[None]:
     """Has the compressed layers of ``model`` compute W8A16 meanwhile."""
-    layers = {m: m.activations for m in model.modules() if isinstance(m, DCLinear)}
+    layers = {m: m.activations for m in model.modules() if isinstance(m, CompressedLinear)}
     for layer in layers:
         layer.activations = "none"
     try:

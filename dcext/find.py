@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,9 @@ from dcext.quantize.report import EXCLUDED, VECTOR, LeftFloat
 FilterFn = Callable[[str, nn.Module], bool]
 SMALLEST_NBYTES = 512  # of a float matrix: with header and scales it would hardly get smaller
 MOST_ROUTED = 1024  # experts; a larger matrix is no router, whatever its name
+
+# Children of PEFT's modules that hold what an adapter is added to.
+_WRAPPED_BY_PEFT = ("base_layer", "original_module", "base_model", "model")
 
 ROUTER = "a router: its errors would send tokens to other experts"
 SMALL = f"a matrix below {SMALLEST_NBYTES} bytes"
@@ -167,15 +169,12 @@ def _is_router(name: str, module: nn.Module, model: nn.Module) -> bool:
 
 
 def _is_adapter(name: str, model: nn.Module) -> bool:
-    """Whether a module belongs to an adapter of PEFT: it lies in a tuned layer, and is not what that one wraps."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is None:
-        return False
-    inner = name
-    for ancestor in _ancestors(name, model):
-        if isinstance(ancestor, tuners.BaseTunerLayer):
-            return ancestor.get_base_layer() is not model.get_submodule(inner)
-        inner = inner.rpartition(".")[0]
+    """Whether a module belongs to an adapter of PEFT: it lies in a module of PEFT, and not in what that one wraps."""
+    *path, child = f"model.{name}".split(".")
+    for ancestor in [*_ancestors(name, model), model]:
+        if type(ancestor).__module__.startswith("peft."):
+            return child not in _WRAPPED_BY_PEFT
+        *path, child = path
     return False
 
 

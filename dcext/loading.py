@@ -15,7 +15,7 @@ from dcext.format import CheckpointReader
 from dcext.format.manifest import FORMAT_VERSION, parse_json_object
 from dcext.nn.compressed import CompressedModule, compressed_modules, storage_form
 from dcext.nn.convert import compress_module_
-from dcext.nn.linear import DCLinear
+from dcext.nn.linear import CompressedLinear
 from dcext.nn.matrix import kind_of
 from dcext.nn.split import Split, split_
 from dcext.quantize.report import CompressionReport
@@ -40,7 +40,7 @@ def describe(model: nn.Module, config: Mapping[str, Any] | None) -> dict[str, An
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "activations": {
-            name: m.activations for name, m in modules.items() if isinstance(m, DCLinear)
+            name: m.activations for name, m in modules.items() if isinstance(m, CompressedLinear)
         },
         "tied": tied,
         "shared": _shared_scales(modules, tied),

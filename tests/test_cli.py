@@ -84,7 +84,7 @@ def test_decompress(folders):
     layer = model.model.layers[0].self_attn.q_proj
     name = "model.layers.0.self_attn.q_proj"
     assert plain[f"{name}.weight"].dtype == torch.int8
-    assert torch.equal(plain[f"{name}.weight"], layer.qweight())
+    assert torch.equal(plain[f"{name}.weight"], layer.decode_qweight())
     assert torch.equal(plain[f"{name}.row_scale"], layer.row_scale)
     assert torch.equal(plain["model.norm.weight"], model.model.norm.weight)
 

@@ -43,7 +43,7 @@ def reference_int8(layer: dcext.DCLinear, x: torch.Tensor) -> torch.Tensor:
     v = x.float() * layer.col_scale
     absmax = v.abs().amax(dim=-1, keepdim=True)
     q = (v * (torch.full_like(absmax, 127) / absmax)).round()  # `127 / x` would be two roundings
-    sums = q.long() @ layer.qweight().long().T
+    sums = q.long() @ layer.decode_qweight().long().T
     y = sums.float() * layer.row_scale * (absmax / 127)
     return (y if layer.bias is None else y + layer.bias).to(x.dtype)
 
@@ -63,7 +63,7 @@ def test_weight_only_is_as_accurate_as_float32(isa, shape):
     tokens, in_features, out_features = shape
     layer = random_layer(in_features, out_features, activations="none")
     x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(0))
-    weight = layer.qweight() * layer.row_scale.double()[:, None] * layer.col_scale.double()
+    weight = layer.decode_qweight() * layer.row_scale.double()[:, None] * layer.col_scale.double()
     exact = x.double() @ weight.T + layer.bias
     plain = (x @ weight.float().T + layer.bias).double()
     tolerance = 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
@@ -130,7 +130,7 @@ def test_from_float(granularity):
     step = layer.row_scale[:, None]
     assert layer.dtype == torch.bfloat16
     assert ((layer.dequantize().float() - linear.weight.float()).abs() <= step * 0.51 + 1e-3).all()
-    assert layer.qweight().abs().max() == 127
+    assert layer.decode_qweight().abs().max() == 127
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,7 +139,7 @@ def test_embedding(dtype, codec):
     embedding = nn.Embedding(1000, 96, padding_idx=3).to(dtype)
     compressed = dcext.DCEmbedding.from_float(embedding, codec=codec)
     indices = torch.randint(0, 1000, (4, 50))
-    table = (compressed.qweight().float() * compressed.row_scale[:, None]).to(dtype)
+    table = (compressed.decode_qweight().float() * compressed.row_scale[:, None]).to(dtype)
     assert torch.equal(compressed(indices), table[indices])
     assert torch.equal(compressed(indices.int()), table[indices])
     assert compressed(indices[:0]).shape == (0, 50, 96)
@@ -242,7 +242,9 @@ def test_opcheck():
     out = torch.empty(20, 64, dtype=torch.int8)
     torch.library.opcheck(ops.decode_out.default, (layer.payload, 0, 20, 0, 64, 0, True, out))
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.encode.default, (layer.qweight(), "zstd", 0, 0), test_utils=checks)
+    torch.library.opcheck(
+        ops.encode.default, (layer.decode_qweight(), "zstd", 0, 0), test_utils=checks
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -250,7 +252,7 @@ def test_the_halves_of_linear_make_the_whole(isa, dtype):
     layer = random_layer(100, 30)
     x = torch.randn(2, 7, 100).to(dtype)
     q, act_scale = torch.ops.dcext.quantize_activations(x, layer.col_scale)
-    acc = (q.long() @ layer.qweight().long().T).int()
+    acc = (q.long() @ layer.decode_qweight().long().T).int()
     y = torch.ops.dcext.dequantize(acc, layer.row_scale, act_scale, layer.bias, dtype)
     assert torch.equal(y, layer(x))
     torch.library.opcheck(torch.ops.dcext.quantize_activations.default, (x, layer.col_scale))

@@ -382,7 +382,9 @@ def test_copies_casts_and_state_dicts(folders, tmp_path):
     dcext.save_pretrained(model, tmp_path / "again")
     assert torch.equal(logits(dcext.from_pretrained(tmp_path / "again"), 3), expected)
     layer = model.model.layers[0].mlp.up_proj
-    assert torch.equal(layer.qweight(), resident.model.layers[0].mlp.up_proj.qweight())
+    assert torch.equal(
+        layer.decode_qweight(), resident.model.layers[0].mlp.up_proj.decode_qweight()
+    )
     layer.load_state_dict(layer.state_dict())  # comes to rest in memory
     assert layer.resting is None
     assert layer.origin is None

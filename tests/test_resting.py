@@ -114,7 +114,7 @@ def test_embedding_rows():
         else:
             module._rest_on(torch.device("cpu"))
         assert torch.equal(module(indices.to(DEVICE)).cpu(), expected)
-        assert torch.equal(module.qweight().cpu(), dcext.decode(module.payload.cpu()))
+        assert torch.equal(module.decode_qweight().cpu(), dcext.decode(module.payload.cpu()))
 
 
 def test_modules_that_share_a_payload_share_what_rests():

@@ -99,7 +99,7 @@ def digest(model: Any) -> str | None:
     modules = compressed_modules(model)
     for name, module in modules.items():
         hashed.update(f"{name} {module.dtype}".encode())
-        hashed.update(module.qweight().numpy().data)
+        hashed.update(module.decode_qweight().numpy().data)
         for key, buffer in module.named_buffers():
             if key != "payload":
                 hashed.update(buffer.contiguous().view(torch.uint8).numpy().data)

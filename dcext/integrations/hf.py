@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -250,10 +250,10 @@ class DCQuantizer(HfQuantizer):
         weights: dict[tuple[int, torch.Size], torch.nn.Parameter] = {}
         for module in compressed_modules(model).values():
             key = (id(module.payload), module.weight.shape)
-            if key not in weights:
-                values = (module.weight + 0).to(dtype or module.dtype)
-                weights[key] = torch.nn.Parameter(values, requires_grad=False)
-            decompress_module_(module, weights[key])
+            decompress_module_(module, weights.get(key))
+            weights[key] = cast(torch.nn.Parameter, module.weight)
+        if dtype is not None:
+            model.to(dtype)
         for module in model.modules():
             if hasattr(module, "config"):
                 module.config.__dict__.pop("_is_quantized", None)

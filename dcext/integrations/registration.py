@@ -1,7 +1,7 @@
-"""Makes transformers know the quantization method ``dcext``, without importing transformers.
+"""Makes transformers know the quantization method ``dcext``, and PEFT compressed layers, without importing either.
 
-``import dcext`` calls ``register``. What has to be done is done at once where transformers is imported already, else as soon
-as the modules of transformers that are concerned are.
+``import dcext`` calls ``register``. What has to be done is done at once where they are imported already, else as soon as
+their modules that are concerned are.
 """
 
 from __future__ import annotations
@@ -23,14 +23,35 @@ def _replace_saving(module: ModuleType) -> None:
     hf_saving.replace_save_pretrained(module.PreTrainedModel)
 
 
+def _extend_tuners(module: ModuleType) -> None:
+    from dcext.integrations import peft
+
+    peft.extend_tuners(module)
+
+
+def _extend_modules_to_save(module: ModuleType) -> None:
+    from dcext.integrations import peft
+
+    peft.extend_modules_to_save(module)
+
+
+def _extend_conversion(module: ModuleType) -> None:
+    from dcext.integrations import peft
+
+    peft.extend_conversion(module)
+
+
 _AFTER: dict[str, Callable[[ModuleType], None]] = {
     "transformers.quantizers.auto": _add_method,
     "transformers.modeling_utils": _replace_saving,
+    "peft.tuners.tuners_utils": _extend_tuners,
+    "peft.utils.other": _extend_modules_to_save,
+    "peft.utils.transformers_weight_conversion": _extend_conversion,
 }
 
 
 def register() -> None:
-    """Registers now or when transformers is imported; again changes nothing."""
+    """Registers now or when transformers and PEFT are imported; again changes nothing."""
     waiting = [name for name in _AFTER if name not in sys.modules]
     for name, act in _AFTER.items():
         if name not in waiting:

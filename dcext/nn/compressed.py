@@ -257,7 +257,7 @@ class CompressedModule(Resting):
         """INT8 bytes over stored bytes; higher is better."""
         return self.num_weights / self.stored_nbytes
 
-    def qweight(self) -> Tensor:
+    def decode_qweight(self) -> Tensor:
         """Decodes the weights: ``(out_features, in_features)`` int8, where the module is."""
         if isinstance(self.resting, IndexedWeight) and not self.is_in_file:
             return self.resting.qweight()
@@ -268,7 +268,7 @@ class CompressedModule(Resting):
         if self.payload.device.type == "cpu" and self.row_scale.device.type == "cpu":
             scales = (self.row_scale, self.col_scale)
             return _dequantize(self.payload, *scales, self.shape[1], self.dtype)
-        weight = self.qweight().float() * self.row_scale[:, None]
+        weight = self.decode_qweight().float() * self.row_scale[:, None]
         if self.col_scale is not None:
             weight *= self.col_scale
         return weight.to(self.dtype)

@@ -1,19 +1,23 @@
-"""Float layers turned into compressed ones in place: the module stays the same object, its class changes."""
+"""Float layers turned into compressed ones in place: the module stays the same object, its class changes. And back."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from functools import cache
 
+import torch
 from torch import Tensor, nn
 
-from dcext.codec import payload_info
+from dcext.codec import CODECS, encode, payload_info
 from dcext.nn.compressed import COMPUTE_DTYPE, OWN_BUFFERS, CompressedModule
 from dcext.nn.convolution import DCConvolution
 from dcext.nn.derived import arguments_of, make_class
 from dcext.nn.embedding import DCEmbedding
-from dcext.nn.linear import DCLinear
-from dcext.nn.matrix import kind_of
+from dcext.nn.linear import CompressedLinear, DCLinear
+from dcext.nn.matrix import kind_of, matrix_of
+from dcext.nn.views import MatrixView
+from dcext.quantize import quantize_absmax
 
 
 def compress_module_(
@@ -63,65 +67,113 @@ def compress_module_(
     module.__class__ = kind
     assert isinstance(module, CompressedModule)
     module._take_matrix(payload, row_scale, col_scale, dtype)
-    if isinstance(module, DCLinear):
+    if isinstance(module, CompressedLinear):
         module._take_others(bias, activations, outliers)
     if tuple(shape) != module.shape:
         module._weight_shape = shape
     return module
 
 
-def decompress_module_(module: CompressedModule, weight: nn.Parameter | None = None) -> nn.Module:
-    """The inverse of ``compress_module_``, up to rounding: the float layer again, with the weights that it stood for.
+def float_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module in which compressed layers are float again, with the values that they stand for, frozen.
+
+    What else a compressed layer has (hooks, flags, other parameters) a copy of that layer shares with it; modules that
+    contain compressed layers are copied deeply.
+    """
+    if isinstance(module, CompressedModule):
+        return _float_layer(module)
+    copied = copy.deepcopy(module)
+    for name, child in list(copied.named_modules()):
+        if isinstance(child, CompressedModule):
+            parent, _, leaf = name.rpartition(".")
+            copied.get_submodule(parent)._modules[leaf] = _float_layer(child)
+    return copied
+
+
+def decompress_module_(module: CompressedModule, weight: nn.Parameter | None = None) -> None:
+    """The inverse of ``compress_module_`` in place, with the values that the module stands for.
 
     Args:
-        module: on the CPU or a device, where its weight will be.
-        weight: what it gets; None for its own weights, decoded, in the dtype that it computes in.
-
-    Returns:
-        The module.
+        module: which becomes a frozen float layer.
+        weight: what it gets instead of its own values, where another layer has them already.
     """
-    if weight is None:
-        weight = nn.Parameter(module.weight + 0, requires_grad=False)
+    layer = _float_layer(module)
+    if weight is not None:
+        layer.weight = weight
+    module.__class__ = type(layer)  # type: ignore[assignment]
+    module.__dict__.clear()
+    module.__dict__.update(layer.__dict__)
+
+
+@torch.no_grad()
+def _float_layer(module: CompressedModule) -> nn.Module:
+    kind = float_class(type(module))
+    layer = kind.__new__(kind)
+    layer.__dict__.update(
+        {name: value for name, value in vars(module).items() if name not in _OF_COMPRESSED}
+    )
+    for name in getattr(kind, "__constants__", ()):  # those that a class computes or inherits
+        if hasattr(module, name):
+            layer.__dict__.setdefault(name, getattr(module, name))
+    parameters = {"weight": _values(module).contiguous()}
     bias = module._buffers.get("bias")
-    sizes = {"out_features": module.shape[0], "in_features": module.shape[1]}
-    is_linear = isinstance(module, DCLinear)
-    float_class = _float_class(type(module))
-    for name in OWN_BUFFERS:
-        module._buffers.pop(name, None)
-    del module._parameters[COMPUTE_DTYPE]
-    for name in _OWN_ATTRIBUTES:
-        module.__dict__.pop(name, None)
-    module.__class__ = float_class  # type: ignore[assignment]
-    result: nn.Module = module
-    if is_linear:
-        values = None if bias is None else bias.to(weight.dtype)
-        frozen = None if values is None else nn.Parameter(values, requires_grad=False)
-        result.register_parameter("bias", frozen)
-        for name, size in sizes.items():
-            result.__dict__.setdefault(name, size)
-    result.weight = weight
-    return result
+    if bias is not None:
+        parameters["bias"] = bias.to(module.dtype, copy=True)
+    kept = {name: p for name, p in module._parameters.items() if name != COMPUTE_DTYPE}
+    frozen = {name: nn.Parameter(value, requires_grad=False) for name, value in parameters.items()}
+    layer._parameters = {**({"bias": None} if hasattr(module, "bias") else {}), **kept, **frozen}
+    layer._buffers = {n: b for n, b in module._buffers.items() if n not in OWN_BUFFERS}
+    return layer
 
 
-_OWN_ATTRIBUTES = (
-    "shape",
-    "codec",
-    "activations",
-    "origin",
-    "resting",
-    "decoded",
-    "travels_with",
-    "is_hidden",
-    "_is_in_file",
-    "_weight_shape",
-    "_rows",
-)
+_OF_COMPRESSED = {
+    *("shape", "codec", "activations", "origin", "resting", "travels_with", "decoded"),
+    *("_is_in_file", "_weight_shape", "_rows", "is_hidden"),
+}
 
 
-def _float_class(compressed: type[nn.Module]) -> type[nn.Module]:
-    """What ``compressed_class`` made a class of."""
-    plain: dict[type, type[nn.Module]] = {DCLinear: nn.Linear, DCEmbedding: nn.Embedding}
-    return plain.get(compressed) or arguments_of(compressed)[0]
+def _values(module: CompressedModule) -> Tensor:
+    weight = module.weight
+    return weight.decoded() if isinstance(weight, MatrixView) else weight
+
+
+def float_class(compressed: type[CompressedModule]) -> type[nn.Module]:
+    """The class of float layers that a class of compressed ones stands for: the inverse of ``compressed_class``."""
+    if compressed is DCLinear:
+        return nn.Linear
+    if compressed is DCEmbedding:
+        return nn.Embedding
+    kind: type[nn.Module] = arguments_of(compressed)[0]
+    return kind
+
+
+@torch.no_grad()
+def encode_anew_(module: CompressedModule, layer: nn.Module) -> None:
+    """Gives a compressed module the values of a float layer: INT8 by the largest magnitude per row, in the codec it has.
+
+    Column scales and outlier columns go; modules that shared the payload keep it.
+
+    Args:
+        module: where it is: in memory or on a device; what was in a file is in memory afterwards.
+        layer: of the module's ``MatrixKind`` and shape, such as ``float_copy`` returns.
+
+    Raises:
+        ValueError: the layer's weights hold NaN or infinity.
+    """
+    device = module.row_scale.device
+    qweight, row_scale = quantize_absmax(matrix_of(layer).float().cpu(), "row")
+    codec = module.codec if module.codec in CODECS else "auto"
+    module.origin = None
+    module.rest_in_memory(encode(qweight, codec))
+    module.row_scale, module.col_scale = row_scale.to(device), None
+    bias = layer._parameters.get("bias")
+    if isinstance(module, CompressedLinear):
+        module.outlier_index = module.outlier_weight = None
+        module.bias = None if bias is None else bias.detach().float().to(device)
+    elif bias is not None:
+        module._parameters["bias"] = bias
+    if device.type != "cpu":
+        module.rest_on(module.payload, device)
 
 
 @cache
@@ -160,7 +212,7 @@ def _compressed_base(base: type) -> type[CompressedModule] | None:
     transposed = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     if base is transposed:
         members = {"_is_transposed": True, "__repr__": nn.Module.__repr__}
-        return make_class("DCConv1D", (DCLinear, base), members, compressed_class, base)  # type: ignore[return-value]
+        return make_class("DCConv1D", (CompressedLinear, base), members, compressed_class, base)  # type: ignore[return-value]
     return None
 
 

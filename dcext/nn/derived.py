@@ -30,9 +30,17 @@ def make_class(
     return type(name, bases, {**members, **recipe})
 
 
-def arguments_of(kind: type[nn.Module]) -> tuple[Any, ...]:
-    """What ``make`` is called with to make a class of ``make_class``."""
-    return getattr(kind, _RECIPE)[1]
+def arguments_of(kind: type) -> tuple[Any, ...]:
+    """What ``make`` was called with for a class.
+
+    Raises:
+        TypeError: it was not made by ``make_class``.
+    """
+    recipe = vars(kind).get(_RECIPE)
+    if recipe is None:
+        raise TypeError(f"derived: expected a class that dcext made, got {kind.__name__}")
+    arguments: tuple[Any, ...] = recipe[1]
+    return arguments
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:

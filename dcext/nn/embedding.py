@@ -51,7 +51,7 @@ class DCEmbedding(CompressedModule, nn.Embedding):
             self._rows = decode(self.payload, verify=False).to(device)
             return
         super()._rest_on(device)
-        self._rows = self.qweight()
+        self._rows = self.decode_qweight()
 
     def _leave_device(self) -> None:
         super()._leave_device()

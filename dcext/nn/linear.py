@@ -29,8 +29,8 @@ def _plus_outliers(y: Tensor, x: Tensor, index: Tensor | None, weight: Tensor | 
     return y + (columns @ weight.float().t()).to(y.dtype)
 
 
-class DCLinear(CompressedModule, nn.Linear):
-    """A frozen ``nn.Linear``: ``y = row_scale * (qweight @ (x * col_scale)) + bias``.
+class CompressedLinear(CompressedModule):
+    """A frozen product with a matrix: ``y = row_scale * (qweight @ (x * col_scale)) + bias``.
 
     A few columns whose weights do not fit in int8 may be kept in bfloat16 beside the payload, which has zeros there;
     their products, ``outlier_weight @ x[outlier_index]``, are float32 sums added to the output.
@@ -43,10 +43,10 @@ class DCLinear(CompressedModule, nn.Linear):
     On a GPU (``.to("cuda")``) frames are decoded by the GPU and multiplied by Triton kernels, packed weights inside the
     product; W8A8 sums are the CPU's, outputs differ from its by the rounding of outlier columns.
 
-    Make one with ``from_float`` or ``from_qweight``.
+    What linear layers of torch (``DCLinear``) and of transformers (``DCConv1D``) have in common.
     """
 
-    bias: Tensor | None  # type: ignore[assignment]
+    bias: Tensor | None
     outlier_index: Tensor | None
     outlier_weight: Tensor | None
 
@@ -110,71 +110,13 @@ class DCLinear(CompressedModule, nn.Linear):
             )
         return index.contiguous(), weight.detach().contiguous()
 
-    @classmethod
-    def from_qweight(
-        cls,
-        qweight: Tensor,
-        row_scale: Tensor,
-        col_scale: Tensor | None = None,
-        bias: Tensor | None = None,
-        codec: str = "auto",
-        activations: str = "int8",
-        *,
-        level: int | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> DCLinear:
-        """Encodes quantized weights.
-
-        Args:
-            qweight: ``(out_features, in_features)`` int8.
-            row_scale: ``(out_features,)``, one per output feature.
-            col_scale: ``(in_features,)``, multiplies the activations before they are quantized; None for ones.
-            bias: ``(out_features,)`` or None.
-            codec: as for ``dcext.encode``.
-            activations: ``"int8"`` or ``"none"``.
-            level: as for ``dcext.encode``.
-            dtype: of the float layer that this one stands for.
-
-        Raises:
-            TypeError, ValueError: a shape, dtype or name is not as above.
-        """
-        return cls(encode(qweight, codec, level), row_scale, col_scale, bias, activations, dtype)
-
-    @classmethod
-    def from_float(
-        cls,
-        linear: nn.Linear,
-        *,
-        granularity: str = "row",
-        codec: str = "auto",
-        level: int | None = None,
-        activations: str = "int8",
-    ) -> DCLinear:
-        """Quantizes an ``nn.Linear`` to INT8 (absmax per ``"row"`` or per ``"tensor"``) and encodes it.
-
-        Raises:
-            ValueError: its weights hold NaN or infinity, or a name is unknown.
-        """
-        qweight, row_scale = quantize_absmax(linear.weight, granularity)
-        bias = linear.bias
-        return cls.from_qweight(
-            qweight,
-            row_scale,
-            None,
-            bias,
-            codec,
-            activations,
-            level=level,
-            dtype=linear.weight.dtype,
-        )
-
     @property
-    def in_features(self) -> int:  # type: ignore[override]
+    def in_features(self) -> int:
         """Columns of ``qweight``."""
         return self.shape[1]
 
     @property
-    def out_features(self) -> int:  # type: ignore[override]
+    def out_features(self) -> int:
         """Rows of ``qweight``."""
         return self.shape[0]
 
@@ -250,3 +192,68 @@ class DCLinear(CompressedModule, nn.Linear):
         """As ``nn.Linear``'s, then how the weights are stored."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bias={self.bias is not None}, activations={self.activations}, {super().extra_repr()}"
+
+
+class DCLinear(CompressedLinear, nn.Linear):  # type: ignore[override, misc]
+    """A frozen ``nn.Linear`` whose weights are compressed; see ``CompressedLinear``.
+
+    Make one with ``from_float`` or ``from_qweight``.
+    """
+
+    @classmethod
+    def from_qweight(
+        cls,
+        qweight: Tensor,
+        row_scale: Tensor,
+        col_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        codec: str = "auto",
+        activations: str = "int8",
+        *,
+        level: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> DCLinear:
+        """Encodes quantized weights.
+
+        Args:
+            qweight: ``(out_features, in_features)`` int8.
+            row_scale: ``(out_features,)``, one per output feature.
+            col_scale: ``(in_features,)``, multiplies the activations before they are quantized; None for ones.
+            bias: ``(out_features,)`` or None.
+            codec: as for ``dcext.encode``.
+            activations: ``"int8"`` or ``"none"``.
+            level: as for ``dcext.encode``.
+            dtype: of the float layer that this one stands for.
+
+        Raises:
+            TypeError, ValueError: a shape, dtype or name is not as above.
+        """
+        return cls(encode(qweight, codec, level), row_scale, col_scale, bias, activations, dtype)
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        *,
+        granularity: str = "row",
+        codec: str = "auto",
+        level: int | None = None,
+        activations: str = "int8",
+    ) -> DCLinear:
+        """Quantizes an ``nn.Linear`` to INT8 (absmax per ``"row"`` or per ``"tensor"``) and encodes it.
+
+        Raises:
+            ValueError: its weights hold NaN or infinity, or a name is unknown.
+        """
+        qweight, row_scale = quantize_absmax(linear.weight, granularity)
+        bias = linear.bias
+        return cls.from_qweight(
+            qweight,
+            row_scale,
+            None,
+            bias,
+            codec,
+            activations,
+            level=level,
+            dtype=linear.weight.dtype,
+        )

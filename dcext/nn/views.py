@@ -20,6 +20,10 @@ _TRANSPOSITIONS = {
 }
 _PRODUCTS = {Tensor.matmul, torch.matmul, Tensor.__matmul__, Tensor.mm, torch.mm}
 _SCALINGS = (torch.ops.aten.mul_.Tensor, torch.ops.aten.div_.Tensor)
+_READ_ONLY = (
+    "a compressed weight, which is read-only: PEFT's merge_and_unload encodes it anew, and dcext.nn.convert.float_copy "
+    "gives a float layer"
+)
 _REFUSED = {
     Tensor.requires_grad_: "requires_grad_",
     Tensor.requires_grad.__set__: "requires_grad",  # type: ignore[attr-defined]
@@ -47,7 +51,7 @@ class WeightView(Tensor):
         )
         if func in _REFUSED and wants_gradient and args[-1] is not False:
             raise RuntimeError(
-                f"{_REFUSED[func]}: expected a weight that can be trained, got a compressed one, which is read-only"
+                f"{_REFUSED[func]}: expected a weight that can be written to and trained, got {_READ_ONLY}"
             )
         special = cls._special(func, args, kwargs)
         if special is not None:
@@ -76,7 +80,7 @@ class WeightView(Tensor):
         for argument in func._schema.arguments:
             if argument.is_write and isinstance(given.get(argument.name), WeightView):
                 raise RuntimeError(
-                    f"{func}: expected a tensor that can be written to, got a compressed weight, which is read-only"
+                    f"{func}: expected a tensor that can be written to, got {_READ_ONLY}"
                 )
         return func(*tree_map(_values, args), **tree_map(_values, kwargs))
 
@@ -143,6 +147,8 @@ class MatrixView(WeightView):
         if func is functional.embedding:
             return _embedding(*args, **kwargs)
         first: Any = args[0] if args else None
+        if func is Tensor.data_ptr and isinstance(first, MatrixView):
+            return _address(first.module)  # by which tied weights are known
         if func in _PRODUCTS and len(args) == 2 and isinstance(args[1], MatrixView):
             view = args[1]
             if view.is_matrix and view.is_transposed and not isinstance(first, WeightView):
@@ -270,10 +276,15 @@ def _embedding(indices: Any, weight: Any, *others: Any, **named: Any) -> Tensor 
 
 def _multiply(module: nn.Module, x: Tensor) -> Tensor:
     """``x @ matrix.T`` without the module's bias."""
-    if getattr(module, IS_ITEM, False):
-        return module(x)  # so that hooks see it
     multiply = getattr(module, "multiply", None)
-    return functional.linear(x, _matrix(module)) if multiply is None else multiply(x)
+    if multiply is None or getattr(module, IS_ITEM, False):
+        return module(x)  # an item, perhaps with an adapter around it; so that hooks see it
+    return cast(Tensor, multiply(x))
+
+
+def _address(module: nn.Module) -> int:
+    stored = module._buffers.get("payload")
+    return cast(Tensor, module.weight if stored is None else stored).data_ptr()
 
 
 def _matrix_shape(module: nn.Module) -> tuple[int, int]:
@@ -294,4 +305,11 @@ def _dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
 
 def _matrix(module: nn.Module) -> Tensor:
     dequantize = getattr(module, "dequantize", None)
-    return cast(Tensor, module.weight).detach() if dequantize is None else dequantize()
+    if dequantize is not None:
+        return cast(Tensor, dequantize())
+    if hasattr(module, "base_layer"):
+        raise RuntimeError(
+            f"weight: expected its values to be used in products by the whole matrix, for {type(module).__name__} adds an "
+            "adapter to it, got another use"
+        )
+    return cast(Tensor, module.weight).detach()

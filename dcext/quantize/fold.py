@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dcext.nn import DCLinear
+from dcext.nn.linear import CompressedLinear
 
 # In decoder blocks of the Llama family: a norm, and all layers that read it.
 READERS = {
@@ -48,7 +48,7 @@ def fold_col_scales(block: nn.Module) -> list[str]:
 
 def _shared_scale(layers: list[nn.Module]) -> Tensor | None:
     """The ``col_scale`` that all of them have; None where one has another, none, or columns outside its payload."""
-    compressed = [layer for layer in layers if isinstance(layer, DCLinear)]
+    compressed = [layer for layer in layers if isinstance(layer, CompressedLinear)]
     scales = [layer.col_scale for layer in compressed if layer.outlier_index is None]
     if len(scales) != len(layers) or scales[0] is None:
         return None

@@ -58,7 +58,7 @@ class Weight:
         module = self.module
         if self.origin is not None and (module.is_in_file or module.payload.device.type != "cpu"):
             return decode(self.origin.view())
-        return module.qweight().cpu()
+        return module.decode_qweight().cpu()
 
     def payload(self, codec: str, progress: Callable[[int], None] | None = None) -> Tensor:
         """A payload of a codec in host memory: the module's own, or read from the file, or coded anew.
