@@ -67,6 +67,9 @@ CHOSEN = [
     "blip_2",
     "torch_encoder",
     "torch_transformer",
+    "DiTTransformer2DModel",
+    "UNet2DConditionModel",
+    "AutoencoderKL",
 ]
 LEAST_COVERAGE = 0.95
 MOST_ERROR_INT8 = 0.08  # W8A8
