@@ -97,7 +97,11 @@ def _keeps_parameters(module: nn.Module) -> bool:
     """Whether a module reads its parameters in ways that no view can serve, or has none worth it."""
     if isinstance(module, (nn.ParameterList, nn.ParameterDict, CompressedModule)):
         return True
-    return "Norm" in type(module).__name__ or type(module).__module__.startswith("peft.")
+    return _is_norm(module) or type(module).__module__.startswith("peft.")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return re.search(r"Norm(\dd)?$", type(module).__name__) is not None
 
 
 def find_matrices(
@@ -201,7 +205,7 @@ def _reason_of_parameter(name: str, parameter: nn.Parameter, model: nn.Module) -
     if len(sides) < 2 or name.endswith("bias"):
         return VECTOR
     module = model.get_submodule(name.rpartition(".")[0])
-    if "Norm" in type(module).__name__:
+    if _is_norm(module):
         return VECTOR
     return ROUTER if _is_router(name.rpartition(".")[0], module, model) else BARE
 

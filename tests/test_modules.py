@@ -361,6 +361,26 @@ def test_routers_stay_float_and_the_report_says_so():
     assert f"256 {ROUTER}" in report.describe_coverage()
 
 
+class NormHead(nn.Module):
+    """A head of remote code: its name is that of a norm, its weight a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(256, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, functional.normalize(self.weight))
+
+
+def test_parameters_are_told_from_norms_by_what_they_are():
+    model = seeded(nn.Sequential(NormHead()))
+    x = torch.randn(2, 64)
+    expected = model(x)
+    dcext.compress_(model, W8A16)
+    assert model.dcext_report.matrix_coverage == 1
+    assert close(model(x), expected)
+
+
 def test_include_and_exclude():
     model = seeded(nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)}))
     dcext.compress_(model, W8A16, exclude="^b$")
