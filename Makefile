@@ -25,7 +25,7 @@ BUILD_KEY := $(TORCH) $(DCEXT_CUDA) $(DCEXT_ZSTD_DIR) $(DCEXT_XXHASH_DIR) $(TORC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest lint format build fuzz stress bench generation quality zeroshot clean distclean
+.PHONY: help demo test pytest lint format build fuzz stress bench families generation quality zeroshot clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "%-10s %s\n", $$1, $$2}'
@@ -71,6 +71,9 @@ bench: build  ## all benchmarks, with their hardware line
 	  DCEXT_BENCH_OUTPUT=$(BENCH_OUTPUT) $(PY) -m pytest -q -p no:cacheprovider -o python_files='bench_*.py' \
 	    --benchmark-enable --benchmark-disable-gc --benchmark-quiet $$script || exit 1; \
 	done
+
+families: build  ## every family of models under every recipe, and docs/FAMILIES.md (an hour on two cores; goes on where it was)
+	@$(PY) bench/families.py
 
 generation: build  ## whole models at batch 1, beside llama.cpp, which is built first (an hour on two cores)
 	@$(PY) bench/generation.py

@@ -16,7 +16,7 @@ from dcext.calibrate.inputs import Calibration
 from dcext.calibrate.recipes import CodedLayer, code_layer
 from dcext.calibrate.resume import ResumeFolder, job_key
 from dcext.calibrate.source import BlockSource
-from dcext.calibrate.stacks import find_blocks, linear_layers
+from dcext.calibrate.stacks import Block, find_blocks, linear_layers
 from dcext.config import CALIBRATED, CompressionConfig
 from dcext.find import TIED, FilterFn, Found, find_matrices, left_float, make_filter, prepare_
 from dcext.loading import REPORT_ATTRIBUTE, forget_ties
@@ -213,10 +213,10 @@ class _Compression:
         total = sum(self.weights[name] for name in self.other_names)
         for name in self.other_names:
             module = self.model.get_submodule(name)
-            matrix = matrix_of(module)
-            key = (id(module.weight), _is_transposed(module))
+            key = (id(module.weight), _is_transposed(module))  # before weights come and go
             if key not in by_weight:
-                by_weight[key] = self._code_absmax(name, matrix, granularity)
+                with self.source.weights(Block(name, module)):
+                    by_weight[key] = self._code_absmax(name, matrix_of(module), granularity)
             coded[name] = by_weight[key]
             if not self.blocks:  # recipe int8: each float weight goes as soon as it can
                 self._put(name, coded[name])

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import dcext
+from dcext.hub import load_lazy_model
 from dcext.nn.compressed import compressed_modules
 
+tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 from zoo import FAMILIES  # noqa: E402
@@ -111,3 +113,23 @@ def test_experts_from_the_disk(tmp_path):
         model(ids[:, :1])
     used = seen.called | {n for n in compressed_modules(loaded) if not EXPERT.match(n)}
     assert loaded.dcext_offload.stream.statistics().layers - before == len(on_disk & used)
+
+
+def test_experts_that_stay_in_their_files_while_the_model_is_compressed(tmp_path):
+    """Stored as one stack, as GPT-OSS is."""
+    family = FAMILIES["gpt_oss"]
+    model = family.model()
+    model.save_pretrained(tmp_path / "float", save_original_format=False)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    ).save_pretrained(tmp_path / "float")
+    lazy, _, source = load_lazy_model(tmp_path / "float")
+    dcext.compress_(lazy, W8A16, source=source)
+    dcext.compress_(model, W8A16)
+    expected = compressed_modules(model)
+    found = compressed_modules(lazy)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].payload, expected[name].payload) for name in found)
+    with torch.no_grad():
+        inputs = family.inputs(model)
+        assert torch.equal(family.output(lazy(**inputs)), family.output(model(**inputs)))

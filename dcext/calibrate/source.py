@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dcext.calibrate.blocks import Block, Intercept
 from dcext.format.mapped import SafetensorsFile
+from dcext.nn.split import ITEMS_SUFFIX, item_of
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -109,7 +111,25 @@ class ShardSource(BlockSource):
     def fill_rest(self) -> None:
         for name, parameter in list(self._model.named_parameters()):
             if parameter.is_meta:
-                self._put(name, self._files[name].get(name))
+                self._put(name, self._value(name))
+
+    def _value(self, name: str) -> Tensor:
+        """A parameter as its file has it; of one that became layers, the matrix of the layer.
+
+        Raises:
+            ValueError: no file holds it.
+        """
+        if name in self._files:
+            return self._files[name].get(name)
+        item = re.fullmatch(rf"((?:.*\.)?)(\w+){ITEMS_SUFFIX}\.(\d+)\.weight", name)
+        if item is not None and item[1] + item[2] in self._files:
+            whole = self._files[item[1] + item[2]].get(item[1] + item[2])
+            module = self._model.get_submodule(item[1].removesuffix("."))
+            return item_of(module, item[2], int(item[3]), whole)
+        raise ValueError(
+            f"{name}: expected a tensor that the files hold, found none of that name: load the model into memory "
+            "(--no-low-memory)"
+        )
 
     @contextmanager
     def skeleton(self, blocks: list[Block] | None = None) -> Iterator[None]:
@@ -133,7 +153,7 @@ class ShardSource(BlockSource):
         empty: dict[str, nn.Parameter] = {}
         for name, parameter in list(self._model.named_parameters()):
             if id(parameter) in wanted and parameter.is_meta:
-                empty[name] = self._put(name, self._files[name].get(name))
+                empty[name] = self._put(name, self._value(name))
         try:
             yield
         finally:
@@ -147,7 +167,7 @@ class ShardSource(BlockSource):
         old = module._parameters[leaf]
         if old is None:
             raise ValueError(f"{name}: expected a parameter of that name, found none")
-        filled = nn.Parameter(value.to(self._dtype[name]), requires_grad=False)
+        filled = nn.Parameter(value.to(old.dtype), requires_grad=False)
         for owner in self._model.modules():  # tied weights too
             for key, parameter in owner._parameters.items():
                 if parameter is old:

@@ -120,6 +120,21 @@ def split_of(module: nn.Module) -> dict[str, Split]:
     }
 
 
+def item_of(module: nn.Module, attribute: str, index: int, parameter: Tensor) -> Tensor:
+    """The matrix of one layer that a parameter became.
+
+    Args:
+        module: after ``split_``.
+        attribute: the name that the parameter had.
+        index: of the layer.
+        parameter: the values of the whole parameter.
+
+    Returns:
+        ``(out_features, in_features)``, a view.
+    """
+    return _matrices(attribute, parameter, split_of(module)[attribute])[index]
+
+
 def _items(module: nn.Module, attribute: str) -> nn.ModuleList:
     return cast(nn.ModuleList, module._modules[attribute + ITEMS_SUFFIX])
 
