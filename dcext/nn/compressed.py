@@ -366,8 +366,7 @@ class CompressedModule(Resting):
                 device = self.row_scale.device
                 replacement = self._shared_copy(payload)
                 self._leave_device()
-                if replacement is not self.payload:
-                    self.origin = None
+                self.origin = None
                 self.payload = replacement
                 if device.type == "cuda":
                     self._rest_on(device)
@@ -382,7 +381,7 @@ class CompressedModule(Resting):
     def _shared_copy(self, payload: Tensor) -> Tensor:
         """A payload in memory of its own; modules that shared one and are given equal ones share again."""
         own = self.payload
-        if torch.equal(own.cpu(), payload):
+        if not self.is_in_file and own.device.type == "cpu" and torch.equal(own, payload):
             return own
         copied = made_once(own, _CPU, lambda: to_weight_memory(payload))
         return copied if torch.equal(copied, payload) else to_weight_memory(payload)
