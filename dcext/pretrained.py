@@ -47,6 +47,7 @@ def save_pretrained(
     config: CompressionConfig | None = None,
     max_shard_nbytes: int = 5_000_000_000,
     overwrite: bool = False,
+    beside: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes a compressed transformers model: all of it or nothing (see ``dcext.format.write_checkpoint``).
@@ -58,6 +59,7 @@ def save_pretrained(
         config: recorded in ``config.json`` for those who ask how the model was made; None for what its report says.
         max_shard_nbytes: a shard is closed before it passes this size.
         overwrite: whether an earlier checkpoint may be replaced. Files beside it that are not part of it are kept.
+        beside: whether the target may hold other files, which are kept, such as those of a tokenizer.
         progress: called with the number of bytes written since the last call.
 
     Raises:
@@ -93,6 +95,7 @@ def save_pretrained(
         files,
         max_shard_nbytes=max_shard_nbytes,
         overwrite=overwrite,
+        beside=beside,
         progress=progress,
     )
 
@@ -128,18 +131,19 @@ def save_for_transformers(
     max_shard_size: int | str = "5GB",
     **kwargs: Any,
 ) -> None:
-    """``PreTrainedModel.save_pretrained`` of a compressed model; an earlier checkpoint of dcext is replaced.
+    """``PreTrainedModel.save_pretrained`` of a compressed model: an earlier checkpoint of dcext is replaced, other files stay.
 
     Args:
         model: a ``PreTrainedModel``.
         save_directory: the folder.
         is_main_process: only this one writes.
-        state_dict: ignored but for a warning where its names are not the model's: payloads are those of the layers.
+        state_dict: not stored, the model's own tensors are; names that the model does not have are an error.
         push_to_hub: whether to upload the folder afterwards.
         max_shard_size: bytes, or ``"5GB"``.
         kwargs: of ``push_to_hub``; ``safe_serialization`` and ``save_peft_format`` do nothing here.
 
     Raises:
+        FileExistsError: the folder holds another model, or is the current one.
         ValueError: ``variant`` or ``distributed_checkpoint``, which a checkpoint of dcext does not have.
     """
     for option in ("variant", "distributed_checkpoint"):
@@ -162,9 +166,7 @@ def save_for_transformers(
         if isinstance(max_shard_size, int)
         else parse_nbytes("max_shard_size", max_shard_size)
     )
-    with tempfile.TemporaryDirectory() as empty:
-        before = model._get_files_timestamps(empty)
-    save_pretrained(model, directory, max_shard_nbytes=nbytes, overwrite=True)
+    save_pretrained(model, directory, max_shard_nbytes=nbytes, overwrite=True, beside=True)
     if push_to_hub:
         from huggingface_hub import create_repo
 
@@ -176,7 +178,7 @@ def save_for_transformers(
         model._upload_modified_files(
             str(directory),
             repo_id,
-            before,
+            {},  # all files are new
             commit_message=message,
             token=token,
             create_pr=create_pr,

@@ -210,7 +210,8 @@ class RemoteLlama(LlamaForCausalLM):
 
 
 def test_remote_code(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     source = tmp_path / "remote"
     source.mkdir()
     (source / "modeling_remote.py").write_text(REMOTE)
@@ -321,6 +322,31 @@ def test_saving_again_keeps_what_is_there(folder, tmp_path):
     assert torch.equal(logits(again), logits(model))
     assert again.dcext_report == model.dcext_report
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_saving_beside_other_files(tmp_path, monkeypatch):
+    """The tokenizer first, then the model, as many do; a trainer's folder has more."""
+    target = tmp_path / "m"
+    target.mkdir()
+    (target / "tokenizer.json").write_text("{}")
+    (target / "checkpoint-1").mkdir()
+    (target / "checkpoint-1" / "optimizer.pt").write_bytes(b"state")
+    model = dcext.compress_(tiny_llama(), INT8)
+    model.save_pretrained(target)
+    assert (target / "tokenizer.json").read_text() == "{}"
+    assert (target / "checkpoint-1" / "optimizer.pt").read_bytes() == b"state"
+    assert torch.equal(logits(dcext.from_pretrained(target)), logits(model))
+    with pytest.raises(FileExistsError, match="not dcext's"):
+        dcext.save_pretrained(model, tmp_path)
+    tiny_llama().save_pretrained(tmp_path / "float")
+    with pytest.raises(FileExistsError, match=r"found 'model.safetensors': remove it"):
+        model.save_pretrained(tmp_path / "float")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileExistsError, match="found the current one"):
+        model.save_pretrained(".")
+    assert (tmp_path / "here" / "notes.txt").read_text() == "mine"
 
 
 PEAK = """

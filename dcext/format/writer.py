@@ -35,6 +35,11 @@ from dcext.format.safetensors_header import (
 WRITE_NBYTES = 16 << 20
 RESERVED_NAME = re.compile(r"dcext\.json|(dcext|model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
+# What transformers would take for a model.
+MODEL_NAME = re.compile(
+    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|.*\.gguf"
+)
+
 
 def write_checkpoint(
     directory: str | Path,
@@ -43,6 +48,7 @@ def write_checkpoint(
     *,
     max_shard_nbytes: int = 5_000_000_000,
     overwrite: bool = False,
+    beside: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes a folder as CONTAINER.md specifies, all of it or nothing.
@@ -62,16 +68,18 @@ def write_checkpoint(
         files: small files by name, such as ``config.json``.
         max_shard_nbytes: a shard is closed before its tensors pass this size; one larger tensor is a shard of its own.
         overwrite: whether an existing checkpoint may be replaced.
+        beside: whether the target may hold other files, which are kept, such as those of a tokenizer.
         progress: called with the number of bytes written since the last call.
 
     Raises:
-        FileExistsError: the target holds something else, a checkpoint without ``overwrite``, or is a mount point.
+        FileExistsError: the target holds something else, or with ``beside`` another model or the current folder; a
+            checkpoint without ``overwrite``; or it is a mount point.
         ValueError: a tensor that is not on the CPU or has a dtype that safetensors lacks, or a reserved name.
     """
     _check_arguments(tensors, files)
     target = Path(directory).resolve()  # a link stays, and what it points to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target, lambda: check_target(target, overwrite)) as folder:
+    with replacing(target, lambda: check_target(target, overwrite, beside)) as folder:
         kept = _earlier_files(target)
         report = progress or (lambda nbytes: None)
         _write_files(folder, tensors, {**kept, **files}, max_shard_nbytes, report)
@@ -96,16 +104,24 @@ def _earlier_files(target: Path) -> dict[str, bytes]:
 
 
 def _keep_foreign(target: Path, folder: Path) -> None:
-    """Puts what lies in the target and is nobody's of a checkpoint into the folder that takes its place."""
-    if not is_checkpoint(target):
+    """Puts what lies in the target and is nobody's of a checkpoint into the folder that takes its place: the same files."""
+    if not target.is_dir():
         return
     for path in sorted(target.iterdir()):
         if RESERVED_NAME.fullmatch(path.name) or (folder / path.name).exists():
             continue
         if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, folder / path.name, symlinks=True)
+            shutil.copytree(path, folder / path.name, symlinks=True, copy_function=_link)
         else:
-            shutil.copy2(path, folder / path.name, follow_symlinks=False)
+            _link(path, folder / path.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """The same file under another name, or a copy where the file system has no links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _check_arguments(tensors: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
@@ -130,7 +146,7 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST_NAME).is_file()
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool, beside: bool = False) -> None:
     """Refuses a target that must not be replaced; see ``write_checkpoint``.
 
     Raises:
@@ -144,12 +160,27 @@ def check_target(target: Path, overwrite: bool) -> None:
     found = next(target.iterdir(), None) if target.is_dir() else target
     if found is None or not target.exists():
         return
+    if beside and target.is_dir() and not is_checkpoint(target):
+        _check_beside(target)
+        return
     if not is_checkpoint(target):
         raise FileExistsError(
             f"{target}: expected a new or empty folder, found {found.name!r}, which is not dcext's"
         )
     if not overwrite:
         raise FileExistsError(f"{target}: holds a dcext checkpoint; pass overwrite to replace it")
+
+
+def _check_beside(target: Path) -> None:
+    models = [path.name for path in target.iterdir() if MODEL_NAME.fullmatch(path.name)]
+    if models:
+        raise FileExistsError(
+            f"{target}: expected a folder without a model, found {models[0]!r}: remove it, or choose another folder"
+        )
+    if Path.cwd().is_relative_to(target):
+        raise FileExistsError(
+            f"{target}: expected a folder that can be replaced, found the current one; choose a folder inside it"
+        )
 
 
 def _shards(tensors: Mapping[str, Tensor], max_shard_nbytes: int) -> list[dict[str, Tensor]]:
