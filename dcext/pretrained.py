@@ -67,7 +67,7 @@ def save_pretrained(
         FileExistsError: the target holds something else.
     """
     modules = compressed_modules(model)
-    if not hasattr(model, "config") or not modules:
+    if not hasattr(getattr(model, "config", None), "save_pretrained") or not modules:
         raise ValueError(
             "save_pretrained: model: expected a compressed transformers model, got "
             f"{type(model).__name__} with {len(modules)} compressed modules"

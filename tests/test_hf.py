@@ -384,6 +384,17 @@ def test_loading_takes_the_memory_of_the_compressed_model(folder, tmp_path, load
     assert peak < 1.15 * size
 
 
+def test_what_is_no_model_of_transformers_is_told_apart(tmp_path):
+    """diffusers' models have a configuration too."""
+    layer = dcext.compress_(nn.Sequential(nn.Linear(64, 64)), INT8)
+    layer.config = {"_class_name": "Transformer2DModel"}
+    with pytest.raises(
+        ValueError, match="expected a compressed transformers model, got Sequential"
+    ):
+        dcext.save_pretrained(layer, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 def test_a_model_without_anything_compressed_is_saved_as_ever(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
