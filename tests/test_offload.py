@@ -316,10 +316,12 @@ def test_reads_keep_off_the_processor_that_runs_a_model_which_never_waits(folder
             assert 1 <= len(readers()) <= 4
             assert every - {cpu} in readers().values()
         # Whoever confines them is obeyed, but in the moment in which they confine themselves: they must be idle.
+        for _ in range(3):  # each of them is woken, and does now what it was told before
+            logits(model, 200)
         before = -1.0
         while (now := stream.statistics().reading_s) > before:
             before = now
-            time.sleep(0.2)
+            time.sleep(0.5)
         for thread in readers():
             os.sched_setaffinity(thread, {cpu})
         confined = set(readers())
