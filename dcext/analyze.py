@@ -24,9 +24,8 @@ from dcext.quantize.rounding import quantize_absmax
 from dcext.quantize.statistics import InputStatistics
 
 ProgressFn = Callable[[str, float], None]
-TOKENS_PER_PASS = (
-    512  # running so many tokens takes about as long as coding the weights (one core, bfloat16)
-)
+# Running so many tokens takes about as long as coding the weights (one core, bfloat16).
+TOKENS_PER_PASS = 512
 
 
 @dataclass(frozen=True)

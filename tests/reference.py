@@ -15,9 +15,8 @@ from torch import Tensor
 
 UNIT = 2.0**-24  # of float32
 UNIT_BFLOAT16 = 2.0**-8  # of rounding to bfloat16
-BIT_PRICE = (
-    2 * math.log(2) / 12
-)  # squared steps per bit: dD/dR of D(R) = step^2 / 12 with step ~ 2^-R
+# Squared steps per bit: dD/dR of D(R) = step^2 / 12 with step ~ 2^-R.
+BIT_PRICE = 2 * math.log(2) / 12
 
 
 NUM_LEVELS = 128  # magnitudes 0 to 127

@@ -39,9 +39,8 @@ TASKS = {
 }
 DEFAULT_TASKS = ("piqa", "arc_easy", "hellaswag", "winogrande")
 PACK_TOKENS = 512  # per forward pass: enough that decoding the weights costs little, short for dense attention
-TOLERANCE_NATS = (
-    0.3  # per token: bfloat16 models reach 0.1, one that ignores positions 0.8; see TreeLM.check
-)
+# Allowed error per token: bfloat16 models reach 0.1, one that ignores positions 0.8; see TreeLM.check.
+TOLERANCE_NATS = 0.3
 CHECKED_TEXTS = [
     (f"Question: {question}\nAnswer:", f" {choice}")
     for question in ("Why is the sky blue?", "What do bees make?")

@@ -199,30 +199,34 @@ struct PackedDot {
 
 DCEXT_TARGET_END
 
-const dcext::GemmKernels dcext::kAvx512Kernels = {Isa::kAvx512Vnni,
-                                                  quantize,
-                                                  dot_packed_nbytes,
-                                                  dot_pack,
-                                                  dot_multiply,
-                                                  dcext::kAnyTokens,
-                                                  multiply_packed,
-                                                  dequantize,
-                                                  dequantize_wide,
-                                                  multiply_weight_only,
-                                                  widen,
-                                                  dequantize_row};
+const dcext::GemmKernels dcext::kAvx512Kernels = {
+    .isa = Isa::kAvx512Vnni,
+    .quantize = quantize,
+    .packed_nbytes = dot_packed_nbytes,
+    .pack = dot_pack,
+    .multiply = dot_multiply,
+    .most_packed_tokens = dcext::kAnyTokens,
+    .multiply_packed = multiply_packed,
+    .dequantize = dequantize,
+    .dequantize_wide = dequantize_wide,
+    .multiply_weight_only = multiply_weight_only,
+    .widen = widen,
+    .dequantize_row = dequantize_row,
+};
 
-const dcext::GemmKernels dcext::kAmxKernels = {Isa::kAmx,
-                                               quantize,
-                                               amx_packed_nbytes,
-                                               amx_pack,
-                                               amx_multiply,
-                                               dcext::kFewTokens,
-                                               multiply_packed,
-                                               dequantize,
-                                               dequantize_wide,
-                                               multiply_weight_only,
-                                               widen,
-                                               dequantize_row};
+const dcext::GemmKernels dcext::kAmxKernels = {
+    .isa = Isa::kAmx,
+    .quantize = quantize,
+    .packed_nbytes = amx_packed_nbytes,
+    .pack = amx_pack,
+    .multiply = amx_multiply,
+    .most_packed_tokens = dcext::kFewTokens,
+    .multiply_packed = multiply_packed,
+    .dequantize = dequantize,
+    .dequantize_wide = dequantize_wide,
+    .multiply_weight_only = multiply_weight_only,
+    .widen = widen,
+    .dequantize_row = dequantize_row,
+};
 
 #endif  // __x86_64__

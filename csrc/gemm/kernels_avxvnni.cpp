@@ -63,17 +63,19 @@ struct PackedDot : PackedAvx2<128> {
 
 DCEXT_TARGET_END
 
-const dcext::GemmKernels dcext::kAvxVnniKernels = {Isa::kAvxVnni,
-                                                   quantize,
-                                                   dot_packed_nbytes,
-                                                   dot_pack,
-                                                   dot_multiply,
-                                                   dcext::kAnyTokens,
-                                                   multiply_packed,
-                                                   dequantize,
-                                                   dequantize_wide,
-                                                   multiply_weight_only,
-                                                   widen,
-                                                   dequantize_row};
+const dcext::GemmKernels dcext::kAvxVnniKernels = {
+    .isa = Isa::kAvxVnni,
+    .quantize = quantize,
+    .packed_nbytes = dot_packed_nbytes,
+    .pack = dot_pack,
+    .multiply = dot_multiply,
+    .most_packed_tokens = dcext::kAnyTokens,
+    .multiply_packed = multiply_packed,
+    .dequantize = dequantize,
+    .dequantize_wide = dequantize_wide,
+    .multiply_weight_only = multiply_weight_only,
+    .widen = widen,
+    .dequantize_row = dequantize_row,
+};
 
 #endif  // __x86_64__

@@ -126,9 +126,17 @@ struct PackedDot {
 }  // namespace
 }  // namespace dcext
 
-const dcext::GemmKernels dcext::kScalarKernels = {Isa::kScalar,    quantize,
-                                                  packed_nbytes,   pack,
-                                                  multiply,        dcext::kAnyTokens,
-                                                  multiply_packed, dequantize,
-                                                  dequantize_wide, multiply_weight_only,
-                                                  widen,           dequantize_row};
+const dcext::GemmKernels dcext::kScalarKernels = {
+    .isa = Isa::kScalar,
+    .quantize = quantize,
+    .packed_nbytes = packed_nbytes,
+    .pack = pack,
+    .multiply = multiply,
+    .most_packed_tokens = dcext::kAnyTokens,
+    .multiply_packed = multiply_packed,
+    .dequantize = dequantize,
+    .dequantize_wide = dequantize_wide,
+    .multiply_weight_only = multiply_weight_only,
+    .widen = widen,
+    .dequantize_row = dequantize_row,
+};

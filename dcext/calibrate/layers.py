@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dcext.nn.matrix import input_rows, is_patchwise, kind_of, set_matrix_
-
-CONVOLUTIONS = torch.nn.modules.conv._ConvNd
+from dcext.nn.matrix import CONVOLUTIONS, input_rows, is_patchwise, kind_of, set_matrix_
 
 
 @contextmanager

@@ -32,9 +32,9 @@ from dcext.quantize.statistics import InputStatistics
 from dcext.runtime.origin import to_weight_memory
 
 UNREACHED = "no calibration token reached the layer"
-MOST_SCALE_BITS = (
-    0.5  # that fallbacks make up for: matrices of few columns are small and easily ruined
-)
+# A fallback is rounded with fewer bits by what its scales take, but by no more than this many per weight: matrices of
+# few columns are small and easily ruined.
+MOST_SCALE_BITS = 0.5
 
 
 @dataclass

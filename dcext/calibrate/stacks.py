@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from dcext.nn.matrix import is_multiplied, kind_of
 
 STACKS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-LEAST_SHARE = (
-    0.5  # of a stack's mean block: what a module beside the stack must weigh to be a block too
-)
+# A module beside a stack is a block too where it weighs at least this share of the stack's mean block.
+LEAST_SHARE = 0.5
 
 
 @dataclass

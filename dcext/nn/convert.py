@@ -15,7 +15,7 @@ from dcext.nn.convolution import DCConvolution
 from dcext.nn.derived import arguments_of, make_class
 from dcext.nn.embedding import DCEmbedding
 from dcext.nn.linear import CompressedLinear, DCLinear
-from dcext.nn.matrix import kind_of, matrix_of
+from dcext.nn.matrix import CONVOLUTIONS, kind_of, matrix_of
 from dcext.nn.views import MatrixView
 from dcext.quantize import quantize_absmax
 
@@ -206,7 +206,7 @@ def _compressed_base(base: type) -> type[CompressedModule] | None:
         return DCLinear
     if base is nn.Embedding:
         return DCEmbedding
-    if base.__module__ == "torch.nn.modules.conv" and issubclass(base, _CONVOLUTIONS):
+    if base in CONVOLUTIONS:
         bases = (DCConvolution, base)
         return make_class(f"DC{base.__name__}", bases, {}, compressed_class, base)  # type: ignore[return-value]
     transposed = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
@@ -214,13 +214,3 @@ def _compressed_base(base: type) -> type[CompressedModule] | None:
         members = {"_is_transposed": True, "__repr__": nn.Module.__repr__}
         return make_class("DCConv1D", (CompressedLinear, base), members, compressed_class, base)  # type: ignore[return-value]
     return None
-
-
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (*_PLAIN_CONVOLUTIONS, *_TRANSPOSED_CONVOLUTIONS)
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,7 @@ def _kinds(has_conv1d: bool) -> tuple[MatrixKind, ...]:
     kinds = [
         MatrixKind(nn.Linear, "linear", _same, _same),
         MatrixKind(nn.Embedding, "embedding", _same, _same),
-        *(
-            MatrixKind(base, "conv", _flat, _unflat)
-            for base in (*_CONVOLUTIONS, *_TRANSPOSED_CONVOLUTIONS)
-        ),
+        *(MatrixKind(base, "conv", _flat, _unflat) for base in CONVOLUTIONS),
     ]
     if has_conv1d:
         base = sys.modules["transformers.pytorch_utils"].Conv1D
@@ -122,7 +120,7 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor | None:
 
 def is_patchwise(module: nn.Module) -> bool:
     """Whether a convolution is a linear layer over patches that lie side by side, or over single positions."""
-    if not isinstance(module, _CONVOLUTIONS) or module.groups != 1:
+    if not isinstance(module, _PLAIN_CONVOLUTIONS) or module.groups != 1:
         return False
     sides = zip(module.kernel_size, module.stride, strict=True)
     side_by_side = module.kernel_size == module.stride or all(kernel == 1 for kernel, _ in sides)
@@ -146,7 +144,7 @@ def as_patches(module: nn.Module, x: Tensor) -> Tensor | None:
     """
     if not is_patchwise(module):
         return None
-    assert isinstance(module, _CONVOLUTIONS)
+    assert isinstance(module, _PLAIN_CONVOLUTIONS)
     dims = len(module.kernel_size)
     begin = x.dim() - dims  # of the sizes; the channels are before them
     for i, (kernel, stride) in enumerate(zip(module.kernel_size, module.stride, strict=True)):

@@ -19,9 +19,8 @@ from dcext.nn.derived import make_class
 from dcext.nn.views import IS_ITEM, MatrixView, StackView, WeightView
 
 ITEMS_SUFFIX = "_items"
-FEWEST_WEIGHTS = (
-    4096  # of a parameter that becomes a layer: header and table of a payload take some 200 bytes
-)
+# A smaller parameter does not become a layer: header and table of a payload take some 200 bytes.
+FEWEST_WEIGHTS = 4096
 FEWEST_SIDE = 16
 SHAPES = "_dcext_split"
 # Classes of transformers whose forward multiplies by stacks as they lie, x @ weight[expert], and do not say so.

@@ -13,9 +13,8 @@ from dcext.quantize.output_moment import row_feedback
 MAX_LEVEL = 127
 NUM_LEVELS = 128
 DAMPING = 0.05  # of the mean diagonal, added to second moments: what 32k tokens leave uncertain
-BLOCK_COLS = (
-    64  # columns that the operator rounds in one go; the rest of the feedback is matrix products
-)
+# Columns that the operator rounds in one go; the rest of the feedback is matrix products.
+BLOCK_COLS = 64
 
 # dD/dR = 2 ln 2 D at the slope of a uniform quantizer, D = step^2 / 12: what a bit is worth, in squared steps.
 BIT_PRICE = 2 * math.log(2) / 12

@@ -45,18 +45,16 @@ EXCEPTION_ROW_BITS = 16  # of every row, in a panel that has any
 EXCEPTION_TIME_BITS = 40  # what an exception's time is worth in bits, as the encoder has it
 BINS = 512  # halves of steps, from -128 to 128
 LLOYD_STEPS = 30
-REFINING_SWEEPS = (
-    2  # 1 to 4 lower the error by 4.0, 5.3, 6.0 and 6.5 %, each in the time of the rounding
-)
+# 1 to 4 lower the error by 4.0, 5.3, 6.0 and 6.5 %, each in the time of the rounding.
+REFINING_SWEEPS = 2
 FILL_RANGE, FILL_HALVINGS = (
     2.0**12,
     32,
 )  # of a bit's price, when a model's last layers meet its size
 SMOOTHED_BINS = 17  # about half a root mean square
 LEAST_STEP = 1e-30  # of columns kept outside: whatever they are rounded to is as good as zero
-MOST_MAGNITUDE = (
-    16.0  # in root mean squares, that the grid is made to hold; columns beyond it get coarser
-)
+# Largest weight, in root mean squares of its column, that the grid is made to hold; columns beyond it get coarser.
+MOST_MAGNITUDE = 16.0
 GRID_LOG2 = tuple(k / 16 for k in range(-160, 81))  # scales over a layer's rms, as in control
 CENTERS = (torch.arange(BINS, dtype=torch.float64) - BINS // 2) / 2 + 0.25
 

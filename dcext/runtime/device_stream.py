@@ -17,9 +17,8 @@ from dcext.runtime.origin import Origin
 
 READS_NBYTES = 64 << 20
 _ALIGNMENT = 256  # of parts in a slot: what kernels load at once, and more
-_RING_NBYTES = (
-    8 << 20
-)  # of a buffer that weights are decoded into; two keep the link and the decoder busy
+# Bytes of a buffer that weights are decoded into; two of them keep the link and the decoder busy.
+_RING_NBYTES = 8 << 20
 _RING_BUFFERS = 2
 
 
