@@ -36,7 +36,7 @@ from whole.limits import Limits, confined
 from whole.offload_cases import LITTLE_NBYTES, LLAMA_3B, SMALL, Case, memory_cases, offload_cases
 from whole.offload_tables import ratios, show, with_bounds
 
-from dcext.runtime.budget import parse_nbytes
+from dcext.sizes import parse_nbytes
 
 WORKER = ROOT / "bench/whole/offload_worker.py"
 PATIENCE_S = float(os.environ.get("DCEXT_BENCH_PATIENCE", "60"))  # as in generation.py

@@ -36,6 +36,7 @@ from dcext.policy.machine import PROJECTED
 from dcext.policy.predict import Predictor, Unit
 from dcext.policy.presets import presets
 from dcext.policy.shapes import SHAPES, units_of
+from dcext.policy.tier import Tier
 from dcext.policy.timeline import SLOTS_NBYTES
 
 LENGTHS = (1, 16, 512)
@@ -50,10 +51,10 @@ MEMORY = {
     "jetson": (32e9, 32e9),  # shared, one half each
     "laptop": (0.0, 16e9),
 }
-Tiers = dict[str, str]
+Tiers = dict[str, Tier]
 
 
-def evenly(units: list[Unit], count: int, chosen: str, other: str) -> Tiers:
+def evenly(units: list[Unit], count: int, chosen: Tier, other: Tier) -> Tiers:
     """``count`` units in one tier, evenly spread, the others in another; embeddings that are looked up last."""
     order = sorted(units, key=lambda unit: unit.multiplied == 0)
     total = len(order)
@@ -73,19 +74,19 @@ def fits(decider: Decider, tiers: Tiers, budget: Budget) -> bool:
     return enough and (budget.device is None or device <= budget.device)
 
 
-def smallest_resting(decider: Decider, unit: Unit, tiers: list[str]) -> str:
+def smallest_in_memory(decider: Decider, unit: Unit, tiers: list[Tier]) -> Tier:
     """The tier of least memory in which a unit rests where the model runs."""
-    resting = [tier for tier in tiers if tier.startswith(("device/", "memory/"))]
-    return min(resting, key=lambda tier: sum(decider.predictor.memory(unit, tier)))
+    in_memory = [tier for tier in tiers if tier.place in ("device", "memory")]
+    return min(in_memory, key=lambda tier: sum(decider.predictor.memory(unit, tier)))
 
 
-def first_fit(decider: Decider, budget: Budget, chosen: str, other: str) -> Tiers | None:
+def first_fit(decider: Decider, budget: Budget, chosen: Tier, other: Tier) -> Tiers | None:
     """As few units in one tier as let all fit; embeddings and heads rest where the model runs."""
     for count in range(len(decider.units) + 1):
         tiers = evenly(decider.units, count, chosen, other)
         for unit, known in zip(decider.units, decider.tiers, strict=True):
             if tiers[unit.name] not in known:
-                tiers[unit.name] = smallest_resting(decider, unit, known)
+                tiers[unit.name] = smallest_in_memory(decider, unit, known)
         if fits(decider, tiers, budget):
             return tiers
     return None
@@ -96,7 +97,7 @@ def one_tier(decider: Decider, budget: Budget) -> Iterator[Tiers]:
     names = dict.fromkeys(tier for tiers in decider.tiers for tier in tiers)
     for name in names:
         tiers = {
-            unit.name: name if name in known else smallest_resting(decider, unit, known)
+            unit.name: name if name in known else smallest_in_memory(decider, unit, known)
             for unit, known in zip(decider.units, decider.tiers, strict=True)
         }
         if fits(decider, tiers, budget):
@@ -123,10 +124,18 @@ def baselines(decider: Decider, bare: Decider, plain: Decider, budget: Budget) -
         return float("inf") if tiers is None else of.mean_s(tiers)
 
     on_device = decider.on_device
-    plain_tier = "device/raw" if on_device else "memory/raw"
-    coded = ("device/zstd", "host/zstd") if on_device else ("memory/zstd",)
+    plain_tier = Tier.parse("device/raw") if on_device else Tier.parse("memory/raw")
+    coded = (
+        (Tier.parse("device/zstd"), Tier.parse("host/zstd"))
+        if on_device
+        else (Tier.parse("memory/zstd"),)
+    )
     uniform = [seconds(decider, first_fit(decider, budget, tier, plain_tier)) for tier in coded]
-    int8 = ("host/raw", "device/raw") if on_device else ("disk/raw", "memory/raw")
+    int8 = (
+        (Tier.parse("host/raw"), Tier.parse("device/raw"))
+        if on_device
+        else (Tier.parse("disk/raw"), Tier.parse("memory/raw"))
+    )
     return {
         "uniform": min(uniform),
         "one tier": min(

@@ -38,8 +38,9 @@ from whole.limits import slower_disk
 from whole.placing import Placement, Rig
 from whole.policy_models import policy_model
 
-from dcext.runtime.adapt import Adapter
-from dcext.runtime.planning import study
+from dcext.planning.adapt import Adapter
+from dcext.policy.tier import Tier
+from dcext.profiling.study import study
 
 QUESTIONS = ("accuracy", "choice", "pareto", "adaptation")
 TOLERANCE = 0.01  # of the memory, that random placements may leave
@@ -80,10 +81,10 @@ SMOKE = Sizes((1, 4), {1: 8.0, 4: 1.0}, (0.6,), (0.6,), 2, (0.5,), (12, 12), 1)
 def placements(rig: Rig, mix: Mapping[int, float]) -> dict[str, Placement]:
     """By name: uniform ones, mixtures, plans, random ones."""
     units = rig.units
-    on_disk = {unit.name: f"disk/{unit.file_codec}" for unit in units}
+    on_disk = {unit.name: Tier("disk", unit.file_codec) for unit in units}
     codecs = ("raw", "packed", "zstd")
     found = {f"all {codec}": rig.uniform(codec) for codec in codecs}
-    thirds = {unit.name: f"memory/{codecs[i % 3]}" for i, unit in enumerate(units)}
+    thirds = {unit.name: Tier("memory", codecs[i % 3]) for i, unit in enumerate(units)}
     found["a third of each"] = Placement(thirds)
     found["all on disk"] = Placement(on_disk)
     for codec in ("raw", "packed"):
@@ -299,13 +300,13 @@ def adapted(
     with torch.inference_mode():
         for _ in range(sizes.passes[0]):
             rig.forward(1)
-        looked, passes = len(adapter.looks), adapter.passes
+        looked, passes = len(adapter.replans), adapter.passes
         before = Placement(adapter.plan.tiers, adapter.plan.slots_nbytes)
         with change():
             for _ in range(sizes.passes[1]):
                 rig.forward(1)
             adapter.stop()
-            looks = adapter.looks[looked:]
+            looks = adapter.replans[looked:]
             after = Placement(adapter.plan.tiers, adapter.plan.slots_nbytes)
             rig.place(rig.uniform("raw"))
             fresh = study(rig.model, (1,)).plan(**options)

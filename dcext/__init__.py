@@ -10,11 +10,11 @@ from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.integrations.registration import register as _register
 from dcext.nn import DCEmbedding, DCLinear
+from dcext.offloading.apply import apply
+from dcext.offloading.offload import offload
+from dcext.planning.adapt import adapt
+from dcext.planning.plan import plan
 from dcext.pretrained import from_pretrained, save_pretrained
-from dcext.runtime.adapt import adapt
-from dcext.runtime.offload import offload
-from dcext.runtime.planning import plan
-from dcext.runtime.retier import apply
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dcext.calibrate.driver import Job, compress_blocks
+from dcext.calibrate.fold import READERS, fold_col_scales
 from dcext.calibrate.inputs import Calibration
 from dcext.calibrate.recipes import CodedLayer, code_layer
 from dcext.calibrate.resume import ResumeFolder, job_key
@@ -25,12 +25,13 @@ from dcext.nn.convert import compress_module_
 from dcext.nn.matrix import kind_of, matrix_of
 from dcext.quantize.control import FIRST_EXCESS_BITS
 from dcext.quantize.data_free import round_data_free
-from dcext.quantize.fold import READERS, fold_col_scales
 from dcext.quantize.quantized import QuantizedWeight
 from dcext.quantize.report import CompressionReport
 from dcext.quantize.rounding import quantize_absmax
 
 ProgressFn = Callable[[str, float], None]
+# Called with a model and its configuration once it is compressed; integrations add what their libraries have to know.
+AFTER_COMPRESSION: list[Callable[[nn.Module, CompressionConfig], None]] = []
 JOB_VERSION = 4  # of what recipes compute: raised when a change makes kept blocks useless
 OTHERS_SHARE = 0.05  # of all work: what lies outside the blocks
 LEAST_COVERAGE = 0.95  # of the weights of matrices, without a warning
@@ -112,11 +113,8 @@ def compress_(
     report.left = left_float(model, found.reasons)
     report.config = config.to_dict()
     setattr(model, REPORT_ATTRIBUTE, report)
-    transformers = sys.modules.get("transformers.modeling_utils")
-    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        from dcext.integrations.hf import mark_compressed  # transformers is here already
-
-        mark_compressed(model, config)
+    for note in AFTER_COMPRESSION:
+        note(model, config)
     if report.matrix_coverage < LEAST_COVERAGE:
         warnings.warn(f"compress_: {report.describe_coverage()}", stacklevel=2)
     return model

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,12 +22,45 @@ from dcext.nn.linear import CompressedLinear
 from dcext.nn.matrix import kind_of
 from dcext.nn.split import Split, split_
 from dcext.quantize.report import CompressionReport
-from dcext.runtime.origin import Origin
+from dcext.weights.origin import Origin
 
 QUANT_METHOD = "dcext"
 REPORT_ATTRIBUTE = "dcext_report"
 REPORT_NAME = "compression_report.json"
 LEAVES = ("payload", "row_scale", "col_scale", "outlier_index", "outlier_weight")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What ``dcext.from_pretrained`` tells the quantizer that transformers makes.
+
+    Attributes:
+        in_files: whether payloads are left in their files.
+        progress: called with the number of bytes loaded since the last call.
+        reader: the checkpoint, open already.
+    """
+
+    in_files: bool = False
+    progress: Callable[[int], None] = lambda nbytes: None
+    reader: CheckpointReader | None = None
+
+
+_OPTIONS: ContextVar[LoadOptions | None] = ContextVar("dcext_load_options", default=None)
+
+
+def current_load_options() -> LoadOptions:
+    """Those of this thread; the defaults where none were given."""
+    return _OPTIONS.get() or LoadOptions()
+
+
+@contextmanager
+def load_options(options: LoadOptions) -> Iterator[None]:
+    """While entered, models that this thread loads are loaded with these options."""
+    token = _OPTIONS.set(options)
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(token)
 
 
 def describe(model: nn.Module, config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -216,7 +252,7 @@ class Loader:
             raise
         except (TypeError, ValueError) as error:
             raise FormatError(f"tensor {name + '.payload'!r}: {error}") from None
-        compressed.come_from(origin, in_file=self.in_files)
+        compressed.set_origin(origin, in_file=self.in_files)
 
     def tie(self, model: nn.Module, name: str, target: str, owner: str, source: str) -> None:
         """Gives a layer the payload that another has."""
@@ -238,7 +274,7 @@ class Loader:
         except (TypeError, ValueError) as error:
             raise FormatError(f"config.json: tied: {name!r}: {error}") from None
         if shared.origin is not None:
-            compressed.come_from(shared.origin, in_file=shared.is_in_file)
+            compressed.set_origin(shared.origin, in_file=shared.is_in_file)
 
     def bias(self, name: str, module: nn.Module) -> Tensor | None:
         """Of a linear layer; convolutions load theirs as any other float tensor."""

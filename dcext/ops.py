@@ -58,7 +58,7 @@ damaged (``csrc/codec/seek_decode.h``): it neither waits for the device nor rais
 written, whatever the bytes. ``int8_linear``, products with plain int8 weights on a GPU, is registered by
 ``dcext.kernels.int8_gemm``, which imports triton.
 
-``fetch_`` and ``fetched_`` take the handle of a ``dcext.runtime.device_stream.DeviceStream``, the number of a unit, and the
+``fetch_`` and ``fetched_`` take the handle of a ``dcext.weights.device_stream.DeviceStream``, the number of a unit, and the
 slot where it lies (uint8, at least the unit's bytes), which both are said to mutate, so that compilers keep them in
 order around what reads it. Any other tensor raises ``ValueError``: a copy of a slot never receives the bytes
 (of ``torch.compile``'s backends, ``inductor`` makes none, ``aot_eager`` does). A closed stream raises ``RuntimeError``.

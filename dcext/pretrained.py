@@ -22,16 +22,18 @@ from dcext.loading import (
     QUANT_METHOD,
     REPORT_ATTRIBUTE,
     REPORT_NAME,
+    LoadOptions,
     describe,
+    load_options,
     stored_tensors,
 )
 from dcext.nn.compressed import CompressedModule, compressed_modules
-from dcext.nn.device import check_device, place
+from dcext.nn.placement import check_device, place
+from dcext.offloading.apply import apply
+from dcext.offloading.offload import offload
 from dcext.policy.plan import Plan
 from dcext.quantize.report import CompressionReport
-from dcext.runtime.budget import parse_nbytes
-from dcext.runtime.offload import offload
-from dcext.runtime.retier import apply
+from dcext.sizes import parse_nbytes
 
 # Of a float tensor that becomes three: headers, hashes, its row in the report.
 SIDE_NBYTES_PER_TENSOR = 600
@@ -308,8 +310,6 @@ def _load(
     progress: Callable[[int], None],
     kwargs: dict[str, Any],
 ) -> nn.Module:
-    from dcext.integrations.hf import LoadOptions, load_options
-
     files = reader.read_files()  # verified
     if "config.json" not in files:
         raise FormatError(

@@ -13,8 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import dcext
 from dcext import _C
-from dcext.policy import measure
 from dcext.policy.machine import Machine
+from dcext.profiling import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "third_party"))

@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from dcext.offloading.state import LEAST_SLOTS_NBYTES
+from dcext.offloading.weights import weights_of
 from dcext.policy.decide import Budget, Decider
 from dcext.policy.machine import PROJECTED, Machine, Processor
 from dcext.policy.plan import Plan
 from dcext.policy.predict import Observed, Predictor, Unit
-from dcext.runtime.observe import describe
-from dcext.runtime.placement import LEAST_SLOTS_NBYTES
-from dcext.runtime.planning import Study
-from dcext.runtime.weights import weights_of
+from dcext.policy.tier import Tier
+from dcext.profiling.observe import describe
+from dcext.profiling.study import Study
 
 CPU = Machine(
     name="a CPU",
@@ -72,13 +73,18 @@ def logits(model: nn.Module, count: int = 5) -> torch.Tensor:
         return model((torch.arange(count) * 97 % 4096)[None]).logits
 
 
-def every_tier(model: nn.Module) -> dict[str, str]:
+def every_tier(model: nn.Module) -> dict[str, Tier]:
     """All tiers that there are, in turns."""
     weights = weights_of(model)
-    tiers = ["memory/raw", "memory/packed", "memory/zstd", f"disk/{weights[0].file_codec}"]
+    tiers = [
+        Tier.parse("memory/raw"),
+        Tier.parse("memory/packed"),
+        Tier.parse("memory/zstd"),
+        Tier("disk", weights[0].file_codec),
+    ]
     return {weight.name: tiers[i % len(tiers)] for i, weight in enumerate(weights)}
 
 
-def plan_with(model: nn.Module, tiers: dict[str, str]) -> Plan:
+def plan_with(model: nn.Module, tiers: dict[str, Tier]) -> Plan:
     decider = Decider(Predictor(CPU), describe(model, weights_of(model)), {1: 1.0}, 0)
     return decider.plan(tiers, Budget(None, None, slots=16 << 20), "a test")

@@ -12,17 +12,18 @@ from torch import nn
 
 import dcext
 from dcext.compress import compressed_modules
+from dcext.offloading.state import LEAST_SLOTS_NBYTES, offload_of
+from dcext.offloading.weights import weights_of
+from dcext.planning.adapt import COOLDOWN, SETTLING_PASSES, Adapter, Drift
 from dcext.policy.predict import Observed, ObservedDisk
-from dcext.runtime.adapt import REST, SETTLING, Adapter, Drift
-from dcext.runtime.observe import forward_of
-from dcext.runtime.observe_disk import Seen, Streaming, StreamMeter
-from dcext.runtime.placement import LEAST_SLOTS_NBYTES, offload_of
-from dcext.runtime.planning import Study, _disk_of
-from dcext.runtime.weights import weights_of
+from dcext.profiling.observe import forward_of
+from dcext.profiling.observe_disk import PassSample, Streaming, StreamMeter
+from dcext.profiling.study import Study, _disk_of
 
 
 def test_observing_leaves_the_model_as_it_was(checkpoints, machine, monkeypatch):
-    from dcext.runtime import observe, observe_disk, planning
+    from dcext.planning import plan as planning
+    from dcext.profiling import observe, observe_disk
 
     monkeypatch.setattr(observe, "SECONDS_OF_A_LENGTH", 0.01)
     monkeypatch.setattr(observe_disk, "STREAMING_S", 0.01)
@@ -53,14 +54,14 @@ def test_the_plan_follows_the_machine(checkpoints, machine):
     adapter = Adapter(model, study, {"host_memory": "24MB", "mix": {5: 1.0}})
     for _ in range(20):
         assert torch.equal(logits(model), before)
-    assert "times as long as predicted" in adapter.looks[0].reason
-    looked = len(adapter.looks)
+    assert "times as long as predicted" in adapter.replans[0].reason
+    looked = len(adapter.replans)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
         for _ in range(24):
             assert torch.equal(logits(model), before)
-        reasons = [look.reason for look in adapter.looks[looked:]]
+        reasons = [look.reason for look in adapter.replans[looked:]]
         assert any(f"{threads + 1} threads instead of {threads}" in reason for reason in reasons)
     finally:
         torch.set_num_threads(threads)
@@ -97,13 +98,13 @@ def test_what_reads_cost_is_told_apart_from_waiting_decoding_and_the_disk():
     )
     rounds = []
     for plain_s in (0.5, 0.8, 0.5):  # whatever speed the machine has meanwhile
-        some = Seen(plain_s + longer_s + waited_s + reads * read_s, waited_s)
-        rounds.append((Seen(plain_s), some, Seen(1.0, 0.3, 1.7e9, 1.0)))
+        some = PassSample(plain_s + longer_s + waited_s + reads * read_s, waited_s)
+        rounds.append((PassSample(plain_s), some, PassSample(1.0, 0.3, 1.7e9, 1.0)))
     names = [unit.name for unit in few]
     found = _disk_of(study, slots, 1, codecs, Streaming(names, rounds))
     assert found.read_s == pytest.approx(read_s)
     assert found.gbps == pytest.approx(1.7)
-    calm = [(plain, some, Seen(1.0, 0.01, 1.2e9, 1.0)) for plain, some, _ in rounds]
+    calm = [(plain, some, PassSample(1.0, 0.01, 1.2e9, 1.0)) for plain, some, _ in rounds]
     assert _disk_of(study, slots, 1, codecs, Streaming(names, calm)).gbps == 2.0
 
 
@@ -111,7 +112,7 @@ def test_what_a_stream_did_is_told_from_pass_to_pass(checkpoints):
     model = dcext.from_pretrained(checkpoints["zstd"])
     meter = StreamMeter(model)
     logits(model)
-    assert meter.see(1.0) == Seen(1.0)
+    assert meter.see(1.0) == PassSample(1.0)
     dcext.apply(model, plan_with(model, every_tier(model)))
     stream = offload_of(model).stream
     before = stream.statistics()
@@ -132,9 +133,9 @@ def test_the_rate_of_the_disk_is_that_of_its_reads(checkpoints, machine):
     study = study_of(model, machine)
     study.observed.disk = {LEAST_SLOTS_NBYTES: ObservedDisk(1000.0, 0.0)}
     adapter = Adapter(model, study, {"host_memory": LEAST, "mix": {5: 1.0}})
-    seen = Seen(1.0, 0.5, 3e8, 0.6)
+    seen = PassSample(1.0, 0.5, 3e8, 0.6)
     assert adapter._with_disk_of(study.observed, seen).disk[LEAST_SLOTS_NBYTES].gbps == 0.5
-    assert adapter._with_disk_of(study.observed, Seen(1.0)) is study.observed
+    assert adapter._with_disk_of(study.observed, PassSample(1.0)) is study.observed
     adapter.stop()
 
 
@@ -150,6 +151,6 @@ def test_a_disk_that_seems_faster_is_believed_later(checkpoints, machine):
         for drift in (slower, faster):
             if adapter._is_due("disk", drift):
                 due[drift.reason].append(adapter.passes)
-    assert due["slower"][0] == 100 + REST
-    assert due["faster"][0] == 100 + SETTLING
+    assert due["slower"][0] == 100 + COOLDOWN
+    assert due["faster"][0] == 100 + SETTLING_PASSES
     assert adapter._is_due("compute", faster)

@@ -14,10 +14,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import dcext
-import dcext.plots
+import dcext.plots.figure
 from dcext.analyze import analyze_model
 from dcext.cli.analyze import analyze
-from dcext.plots import check_plot, plot_analysis, plot_compression
+from dcext.plots.compression import plot_analysis, plot_compression
+from dcext.plots.figure import check_plot
 from dcext.quantize.report import CompressionReport, LayerReport
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -239,7 +240,7 @@ def compression_report(snr: float | None) -> CompressionReport:
 
 def test_plots_are_png_files_and_leave_nothing_behind(analysis, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="requires matplotlib")
-    monkeypatch.setattr(dcext.plots, "DPI", 40)
+    monkeypatch.setattr(dcext.plots.figure, "DPI", 40)
     plot_analysis(analysis, tmp_path / "inputs.png")
     plot_analysis(analyze_model(nn.Sequential(nn.Linear(8, 8))), tmp_path / "weights.png")
     (tmp_path / "error.png").write_text("an older file")
@@ -307,7 +308,7 @@ def test_command_prints_tables_and_draws(folder, tmp_path, monkeypatch):
     assert weights.exception is None, weights.exception
     assert "model.layers.1.mlp.down_proj" in weights.stdout
     assert "inputs of the layers" not in weights.stdout
-    monkeypatch.setattr(dcext.plots, "DPI", 40)
+    monkeypatch.setattr(dcext.plots.figure, "DPI", 40)
     plot = tmp_path / "plot.png"
     both = run(folder / "float", "--text", folder / "text.txt", "--max-tokens", 50, "--plot", plot)
     assert both.exception is None, both.exception

@@ -15,12 +15,12 @@ from torch import nn
 
 import dcext
 from dcext.calibrate.blocks import find_blocks
+from dcext.calibrate.fold import fold_col_scales
 from dcext.calibrate.resume import remove_resume_folder
 from dcext.calibrate.sensitivity import measure_sensitivity
 from dcext.calibrate.source import BlockSource
 from dcext.compress import compressed_modules
 from dcext.hub import load_lazy_model
-from dcext.quantize.fold import fold_col_scales
 from dcext.quantize.output_moment import diagonal
 from dcext.quantize.report import CompressionReport
 

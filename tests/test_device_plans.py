@@ -18,16 +18,17 @@ from test_compress import tiny_llama
 from triton_modes import DEVICE, on_device, requires_interpreter, run_in_interpreter
 
 import dcext
-from dcext.nn.device import named_blocks
-from dcext.policy import measure, measure_device
-from dcext.policy.decide import Budget, BudgetError, Decider, rooms
+from dcext.nn.placement import compressed_blocks
+from dcext.offloading.device import place_on_device
+from dcext.offloading.prefetched_block import PrefetchedBlock
+from dcext.offloading.weights import all_weights, weights_of
+from dcext.policy.decide import Budget, BudgetError, Decider, device_reserves
 from dcext.policy.machine import PROJECTED, Machine, Processor
 from dcext.policy.plan import Plan
-from dcext.policy.predict import HOST_DECODE, Predictor, Unit
-from dcext.runtime.device_placement import place_on_device
-from dcext.runtime.observe import describe
-from dcext.runtime.traveling import TravelingBlock
-from dcext.runtime.weights import all_weights, weights_of
+from dcext.policy.predict import Predictor, Unit
+from dcext.policy.tier import HOST_DECODE, Tier
+from dcext.profiling import measure, measure_device
+from dcext.profiling.observe import describe
 
 GPU = Machine(
     name="a GPU",
@@ -39,14 +40,14 @@ GPU = Machine(
 )
 SLOTS_NBYTES = 1 << 20
 TIERS = (
-    "device/raw",
-    "host/zstd",
-    "device/packed",
-    "disk/zstd",
-    "host/packed",
-    "device/zstd",
+    Tier.parse("device/raw"),
+    Tier.parse("host/zstd"),
+    Tier.parse("device/packed"),
+    Tier.parse("disk/zstd"),
+    Tier.parse("host/packed"),
+    Tier.parse("device/zstd"),
     HOST_DECODE,
-    "host/raw",
+    Tier.parse("host/raw"),
 )
 
 
@@ -89,16 +90,16 @@ def decider_of(model: nn.Module) -> Decider:
     return Decider(Predictor(GPU, slots_nbytes=SLOTS_NBYTES), units, {1: 1.0}, 0)
 
 
-def in_turns(model: nn.Module, tiers: tuple[str, ...], outside: str) -> dict[str, str]:
+def in_turns(model: nn.Module, tiers: tuple[Tier, ...], outside: Tier) -> dict[str, Tier]:
     """Tiers of layers in blocks, in turns; one for what lies outside."""
-    blocks = tuple(f"{name}." for name in named_blocks(model))
+    blocks = tuple(f"{name}." for name in compressed_blocks(model))
     names = [weight.name for weight in all_weights(model)]
     inside = [name for name in names if name.startswith(blocks)]
     turns = {name: tiers[i % len(tiers)] for i, name in enumerate(inside)}
     return {name: turns.get(name, outside) for name in names}
 
 
-def plan_of(decider: Decider, tiers: dict[str, str]) -> Plan:
+def plan_of(decider: Decider, tiers: dict[str, Tier]) -> Plan:
     return decider.plan(tiers, Budget(None, None, slots=SLOTS_NBYTES), "a test")
 
 
@@ -111,17 +112,17 @@ def test_every_tier_at_once_and_then_others(folder, expected):
     others += sum(p.nbytes for p in model.parameters())
     done: list[int] = []
     for tiers, outside in [
-        (TIERS, "device/zstd"),
-        (TIERS[3:] + TIERS[:3], "device/packed"),
-        (("device/packed", "device/zstd"), "device/raw"),
-        (("host/zstd", "device/zstd"), "device/raw"),
+        (TIERS, Tier.parse("device/zstd")),
+        (TIERS[3:] + TIERS[:3], Tier.parse("device/packed")),
+        ((Tier.parse("device/packed"), Tier.parse("device/zstd")), Tier.parse("device/raw")),
+        ((Tier.parse("host/zstd"), Tier.parse("device/zstd")), Tier.parse("device/raw")),
     ]:
         chosen = in_turns(model, tiers, outside)
         plan = plan_of(decider, chosen)
         offload = dcext.apply(model, plan, device=DEVICE, progress=done.append)
         assert offload is model.dcext_offload
         assert {n: f"{t}/" for n, t in offload.tiers.items()} == {
-            name: tier.partition("/")[0] + "/" for name, tier in chosen.items()
+            name: f"{tier.place}/" for name, tier in chosen.items()
         }
         for _ in range(2):
             assert torch.equal(logits(model), expected)
@@ -136,14 +137,14 @@ def test_every_tier_at_once_and_then_others(folder, expected):
 def test_layers_that_stay_are_not_made_again(folder, expected):
     model = dcext.from_pretrained(folder)
     decider = decider_of(model)
-    rested = in_turns(model, ("device/packed",), "device/raw")
+    rested = in_turns(model, (Tier.parse("device/packed"),), Tier.parse("device/raw"))
     dcext.apply(model, plan_of(decider, rested), device=DEVICE)
-    before = {w.name: id(w.module.resting) for w in all_weights(model)}
+    before = {w.name: id(w.module.backing) for w in all_weights(model)}
     changed = next(name for name in rested if "layers.1" in name)
-    plan = plan_of(decider, rested | {changed: "host/packed"})
+    plan = plan_of(decider, rested | {changed: Tier.parse("host/packed")})
     with torch.inference_mode():
         assert dcext.apply(model, plan, device=DEVICE).device_stream is not None
-    after = {w.name: id(w.module.resting) for w in all_weights(model)}
+    after = {w.name: id(w.module.backing) for w in all_weights(model)}
     assert [name for name in after if after[name] != before[name]] == [changed]
     with torch.no_grad():  # slots were not made in inference mode
         found = model(torch.arange(2, device=DEVICE)[None]).logits.cpu()
@@ -159,22 +160,24 @@ def test_payloads_that_are_in_no_file_come_from_the_device(folder, expected):
         for module in weight.modules:
             module.origin = None
     for codec in ("packed", "zstd"):
-        plan = plan_of(decider, in_turns(model, (f"device/{codec}",), "device/raw"))
+        plan = plan_of(decider, in_turns(model, (Tier("device", codec),), Tier.parse("device/raw")))
         dcext.apply(model, plan, device=DEVICE)
         assert torch.equal(logits(model), expected)
-    plan = plan_of(decider, in_turns(model, ("host/zstd",), "device/raw"))
+    plan = plan_of(decider, in_turns(model, (Tier.parse("host/zstd"),), Tier.parse("device/raw")))
     with pytest.raises(ValueError, match="expected a payload from a checkpoint"):
         dcext.apply(model, plan, device=DEVICE)
 
 
 @on_device
 def test_what_fails_is_mended_by_the_next_plan(folder, expected, monkeypatch):
-    from dcext.runtime.origin import Origin
+    from dcext.weights.origin import Origin
 
     model = dcext.from_pretrained(folder)
     decider = decider_of(model)
-    dcext.apply(model, plan_of(decider, in_turns(model, TIERS, "device/raw")), device=DEVICE)
-    plan = plan_of(decider, in_turns(model, TIERS[::-1], "device/raw"))
+    dcext.apply(
+        model, plan_of(decider, in_turns(model, TIERS, Tier.parse("device/raw"))), device=DEVICE
+    )
+    plan = plan_of(decider, in_turns(model, TIERS[::-1], Tier.parse("device/raw")))
 
     def damaged(self: Origin, progress: object = None) -> torch.Tensor:
         raise dcext.FormatError("damaged")
@@ -190,14 +193,18 @@ def test_what_fails_is_mended_by_the_next_plan(folder, expected, monkeypatch):
 def test_tiers_that_cannot_be(folder):
     model = dcext.from_pretrained(folder)
     decider = decider_of(model)
-    good = in_turns(model, TIERS, "device/raw")
+    good = in_turns(model, TIERS, Tier.parse("device/raw"))
     outside, inside = next(iter(good)), next(name for name in good if "layers.1" in name)
     for name, tier, message in [
-        (outside, "host/zstd", "expected device/CODEC outside of decoder blocks"),
-        (inside, "disk/packed", "expected codec 'packed' in the model's file, found 'zstd'"),
-        (inside, "device/gzip", "as the model runs on a device, found 'device/gzip'"),
-        (inside, "host/packed, decoded there", "found 'host/packed, decoded there'"),
-        (inside, "memory/raw", "as the model runs on the CPU"),
+        (outside, Tier.parse("host/zstd"), "expected device/CODEC outside of decoder blocks"),
+        (
+            inside,
+            Tier.parse("disk/packed"),
+            "expected codec 'packed' in the model's file, found 'zstd'",
+        ),
+        (inside, Tier.parse("device/gzip"), "as the model runs on a device, found 'device/gzip'"),
+        (inside, Tier.parse("host/packed, decoded there"), "found 'host/packed, decoded there'"),
+        (inside, Tier.parse("memory/raw"), "as the model runs on the CPU"),
     ]:
         plan = plan_of(decider, good)
         layer = next(layer for layer in plan.layers if layer.name == name)
@@ -214,7 +221,7 @@ def test_a_missing_gpu_is_an_error(folder):
     if torch.cuda.is_available():
         pytest.skip("requires a machine without GPU")
     model = dcext.from_pretrained(folder)
-    plan = plan_of(decider_of(model), in_turns(model, TIERS, "device/raw"))
+    plan = plan_of(decider_of(model), in_turns(model, TIERS, Tier.parse("device/raw")))
     with pytest.raises(RuntimeError, match="apply: device: expected a GPU for a plan for one"):
         dcext.apply(model, plan)
     with pytest.raises(RuntimeError, match="expected a GPU for a plan for one"):
@@ -226,27 +233,27 @@ def test_a_missing_gpu_is_an_error(folder):
 def test_a_build_without_cuda_is_an_error_before_anything_moves(folder, monkeypatch):
     monkeypatch.setattr("dcext._C.with_cuda", False)
     model = dcext.from_pretrained(folder)
-    tiers = in_turns(model, TIERS, "device/raw")
+    tiers = in_turns(model, TIERS, Tier.parse("device/raw"))
     with pytest.raises(RuntimeError, match="expected a build with DCEXT_CUDA=1"):
         place_on_device(model, tiers, torch.device("cuda"), 0, read=print, moved=print)
-    assert all(weight.module.resting is None for weight in weights_of(model))
+    assert all(weight.module.backing is None for weight in weights_of(model))
 
 
 @on_device
-@pytest.mark.parametrize("tier", ["host/zstd", "host/packed"])
+@pytest.mark.parametrize("tier", [Tier.parse("host/zstd"), Tier.parse("host/packed")])
 def test_what_travels_is_in_host_memory_once(folder, tier):
     """Beside the copy that travels, neither payload nor index stays."""
     made: list[weakref.ref[torch.Tensor]] = []
     model = dcext.from_pretrained(folder)
-    plan = plan_of(decider_of(model), in_turns(model, (tier,), "device/raw"))
+    plan = plan_of(decider_of(model), in_turns(model, (tier,), Tier.parse("device/raw")))
     with pytest.MonkeyPatch.context() as patch:
-        add = TravelingBlock._add
+        add = PrefetchedBlock._add
 
         def noted(self, layer, codec, parts, rebuild):
             made.extend(weakref.ref(part) for part in parts)
             return add(self, layer, codec, parts, rebuild)
 
-        patch.setattr(TravelingBlock, "_add", noted)
+        patch.setattr(PrefetchedBlock, "_add", noted)
         dcext.apply(model, plan, device=DEVICE)
     gc.collect()
     assert made
@@ -272,7 +279,7 @@ def test_room_on_the_device_follows_the_tiers():
         Unit(f"{i}", (10, 100), 1, 0, {"raw": 1000, "packed": 600, "zstd": 500}, block=block)
         for i, block in enumerate(["a", "a", "b", None])
     ]
-    found = {(room.arrives, room.decodes): room.nbytes for room in rooms(units)}
+    found = {(room.arrives, room.decodes): room.nbytes for room in device_reserves(units)}
     assert found == {
         ((), False): 0,
         ((), True): 2000,
@@ -295,7 +302,7 @@ def test_what_is_measured_of_a_device(monkeypatch):
         "COPY_NBYTES": 1 << 16,
     }.items():
         monkeypatch.setattr(measure_device, name, value)
-    monkeypatch.setattr("dcext.policy.timing.REPEATS", (1, 1))
+    monkeypatch.setattr("dcext.profiling.timing.REPEATS", (1, 1))
     device = torch.device(DEVICE)
     measured, link_gbps, spread = measure_device.measure_device(measure.drawn_weights, device, 1e-3)
     assert set(measured.layer_s) == {"raw", "packed", "zstd"}
@@ -330,7 +337,7 @@ def test_figures_of_a_device_are_kept_beside_those_of_the_cpu(monkeypatch, tmp_p
     assert measure.tune().device is None
     assert taken == ["host", "device"]
     # Times that were taken on the CPU say nothing of a device.
-    monkeypatch.setattr("dcext.runtime.planning.DEVICE", "cpu")
+    monkeypatch.setattr("dcext.planning.plan.DEVICE", "cpu")
     model = nn.Sequential(dcext.DCLinear.from_float(nn.Linear(8, 8)))
     plan = dcext.plan(model, device_memory="1MB")
     assert plan.on_device

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import dcext
 from dcext.codec import seek_index
-from dcext.runtime.device_stream import DeviceStream, HostDecoded
+from dcext.weights.device_stream import DeviceStream, HostDecoded
 
 sys.path.insert(0, str(Path(__file__).parent / "device"))
 

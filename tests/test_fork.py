@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, code: str) -> None:
     """In a process of its own, which nothing that hangs outlives."""
-    from dcext.runtime.placement import LEAST_SLOTS_NBYTES
+    from dcext.offloading.state import LEAST_SLOTS_NBYTES
 
     command = [sys.executable, "-c", PRELUDE + code, str(folder), str(LEAST_SLOTS_NBYTES + 200_000)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)

@@ -17,11 +17,12 @@ from torch import nn
 import dcext
 from dcext.compress import compressed_modules
 from dcext.nn.compressed import CompressedModule
-from dcext.runtime.budget import format_nbytes, parse_nbytes
-from dcext.runtime.host_stream import StreamedWeight
-from dcext.runtime.placement import LEAST_SLOTS_NBYTES
-from dcext.runtime.retier import retier
-from dcext.runtime.weights import weights_of
+from dcext.offloading.apply import move_weights
+from dcext.offloading.state import LEAST_SLOTS_NBYTES
+from dcext.offloading.weights import weights_of
+from dcext.policy.tier import Tier
+from dcext.sizes import format_nbytes, parse_nbytes
+from dcext.weights.host_stream import StreamedWeight
 
 pytest.importorskip("transformers")
 
@@ -62,7 +63,7 @@ def streamed(folder: Path, host_memory: int | str = LEAST, **options) -> nn.Modu
 
 
 def disk_modules(model: nn.Module) -> list[CompressedModule]:
-    return [m for m in compressed_modules(model).values() if isinstance(m.resting, StreamedWeight)]
+    return [m for m in compressed_modules(model).values() if isinstance(m.backing, StreamedWeight)]
 
 
 @pytest.mark.parametrize("page_cache", [False, True])
@@ -296,9 +297,9 @@ def test_reads_keep_off_the_processor_that_runs_a_model_which_never_waits(folder
     every = os.sched_getaffinity(0)
     model = dcext.from_pretrained(folders["zstd"])
     weights = weights_of(model)
-    few = {weight.name: "disk/zstd" for weight in weights if "down_proj" in weight.name}
+    few = {weight.name: Tier.parse("disk/zstd") for weight in weights if "down_proj" in weight.name}
     tiers = {weight.name: weight.tier for weight in weights} | few
-    stream = retier(model, weights, tiers, LEAST).stream
+    stream = move_weights(model, weights, tiers, LEAST).stream
 
     def readers() -> dict[int, set[int]]:
         """Threads that do not run where all may, and where they do."""
@@ -356,11 +357,11 @@ def test_compiled_models_stream(folders):
 def test_operators_keep_their_contract(folders):
     model = streamed(folders["zstd"])
     layer, embedding = model.model.layers[0].mlp.up_proj, model.model.embed_tokens
-    weight = layer.resting
+    weight = layer.backing
     x = torch.randn(3, 512)
     arguments = (x, weight.handle, weight.unit, layer.row_scale, layer.col_scale, None, "int8")
     torch.library.opcheck(torch.ops.dcext.linear_streamed.default, arguments)
-    weight = embedding.resting
+    weight = embedding.backing
     rows = (ids(4), weight.handle, weight.unit, embedding.row_scale, None, 512, torch.float32)
     torch.library.opcheck(torch.ops.dcext.embedding_streamed.default, rows)
     with pytest.raises(ValueError, match=r"stream: expected the handle of one that lives, got -1"):
@@ -388,7 +389,7 @@ def test_copies_casts_and_state_dicts(folders, tmp_path):
         layer.decode_qweight(), resident.model.layers[0].mlp.up_proj.decode_qweight()
     )
     layer.load_state_dict(layer.state_dict())  # comes to rest in memory
-    assert layer.resting is None
+    assert layer.backing is None
     assert layer.origin is None
     assert torch.equal(logits(model, 3), expected)
 

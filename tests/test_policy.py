@@ -14,11 +14,12 @@ from policy_cases import every_tier, logits, plan_with
 
 import dcext
 from dcext.errors import FormatError
+from dcext.offloading.apply import plan_of
+from dcext.offloading.state import other_nbytes
+from dcext.offloading.weights import weights_of
 from dcext.policy.plan import load_plan
-from dcext.runtime.observe import describe
-from dcext.runtime.placement import other_nbytes
-from dcext.runtime.retier import plan_of
-from dcext.runtime.weights import weights_of
+from dcext.policy.tier import Tier
+from dcext.profiling.observe import describe
 
 
 def test_what_is_measured_is_plausible(machine):
@@ -59,7 +60,7 @@ def test_every_tier_computes_the_same_bits(checkpoints, codec):
         assert offload is model.dcext_offload
         assert plan_of(model) is plan
         assert plan.host_nbytes == offload.memory_nbytes - other_nbytes(model)
-    back = plan_with(model, dict.fromkeys(tiers, f"memory/{codec}"))
+    back = plan_with(model, dict.fromkeys(tiers, Tier("memory", codec)))
     assert dcext.apply(model, back).stream is None
     assert torch.equal(logits(model), before)
 
@@ -74,7 +75,7 @@ def test_a_plan_is_a_file_that_can_be_edited(checkpoints, tmp_path):
     edited["layers"][0]["tier"] = "memory/packed"
     path.write_text(json.dumps(edited))
     loaded = dcext.from_pretrained(checkpoints["zstd"], plan=load_plan(path))
-    assert weights_of(loaded)[0].tier == "memory/packed"
+    assert weights_of(loaded)[0].tier == Tier.parse("memory/packed")
     assert torch.equal(logits(loaded), logits(model))
     copied = copy.deepcopy(loaded)
     assert torch.equal(logits(copied), logits(model))
@@ -83,9 +84,9 @@ def test_a_plan_is_a_file_that_can_be_edited(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("tier", "message"),
     [
-        ("memory/gzip", "expected memory/CODEC or disk/CODEC"),
-        ("device/raw", "as the model runs on the CPU, found 'device/raw'"),
-        ("disk/raw", "expected codec 'raw' in the model's file, found 'zstd'"),
+        (Tier.parse("memory/gzip"), "expected memory/CODEC or disk/CODEC"),
+        (Tier.parse("device/raw"), "as the model runs on the CPU, found 'device/raw'"),
+        (Tier.parse("disk/raw"), "expected codec 'raw' in the model's file, found 'zstd'"),
     ],
 )
 def test_tiers_that_do_not_exist(checkpoints, tier, message):
@@ -119,7 +120,7 @@ def test_layers_move_while_the_model_runs(checkpoints):
     before = logits(model)
     plans = [
         plan_with(model, every_tier(model)),
-        plan_with(model, dict.fromkeys(every_tier(model), "memory/raw")),
+        plan_with(model, dict.fromkeys(every_tier(model), Tier.parse("memory/raw"))),
     ]
     dcext.apply(model, plans[0])
     stop, wrong, ran = threading.Event(), [], []
@@ -156,7 +157,8 @@ def test_damage_leaves_a_model_that_computes_the_same(checkpoints, tmp_path):
     bad[info.offset + info.nbytes // 2] ^= 1
     path.write_bytes(bad)
     plan = plan_with(
-        dcext.from_pretrained(checkpoints["zstd"]), dict.fromkeys(every_tier(model), "memory/raw")
+        dcext.from_pretrained(checkpoints["zstd"]),
+        dict.fromkeys(every_tier(model), Tier.parse("memory/raw")),
     )
     with pytest.raises(FormatError):
         dcext.apply(model, plan)

@@ -9,12 +9,12 @@ import pytest
 from policy_cases import CPU, GPU, drawn_units
 
 import dcext
+from dcext.offloading.weights import weights_of
 from dcext.policy.decide import Budget, BudgetError, Decider
 from dcext.policy.machine import Machine
 from dcext.policy.predict import Observed, ObservedDisk, Predictor
 from dcext.policy.timeline import SLOTS, anneal, pass_s, slots_of
-from dcext.runtime.host_stream import HostStream
-from dcext.runtime.weights import weights_of
+from dcext.weights.host_stream import HostStream
 
 
 def drawn_case(seed: int, machine: Machine) -> tuple[Decider, Budget]:

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from dcext.errors import FormatError
 from dcext.policy.decide import Budget, BudgetError, Decider
 from dcext.policy.machine import Processor, interpolate, load_machine, machine_from_dict
-from dcext.policy.predict import HOST_DECODE, LINK, Observed, Predictor
+from dcext.policy.predict import LINK, Observed, Predictor
 from dcext.policy.presets import preset, presets
 from dcext.policy.shapes import SHAPES, units_of
+from dcext.policy.tier import HOST_DECODE, Tier
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE = presets()["pcie4"].to_dict()
@@ -125,11 +126,16 @@ def test_what_travels_takes_the_link():
     layer = units[5]
     link = {
         tier: predictor.seconds(layer, tier, 1)[LINK]
-        for tier in ("device/zstd", "host/raw", "host/zstd", HOST_DECODE)
+        for tier in (
+            Tier.parse("device/zstd"),
+            Tier.parse("host/raw"),
+            Tier.parse("host/zstd"),
+            HOST_DECODE,
+        )
     }
-    assert link["device/zstd"] == 0
-    assert link["host/raw"] == pytest.approx(layer.weights / 25e9, rel=1e-4)
-    assert link["host/zstd"] == pytest.approx(layer.device_nbytes("zstd") / 25e9)
+    assert link[Tier.parse("device/zstd")] == 0
+    assert link[Tier.parse("host/raw")] == pytest.approx(layer.weights / 25e9, rel=1e-4)
+    assert link[Tier.parse("host/zstd")] == pytest.approx(layer.device_nbytes("zstd") / 25e9)
     assert 1 < layer.device_nbytes("zstd") / (layer.weights * 3.64 / 8) < 1.02
     assert link[HOST_DECODE] == pytest.approx(layer.weights / 25e9)
 

@@ -20,15 +20,9 @@ from triton_modes import (  # noqa: E402
 )
 
 import dcext  # noqa: E402
-from dcext.nn.device import (  # noqa: E402
-    IndexedWeight,
-    batch_decodes,
-    decode_together,
-    made_once,
-    place,
-    raise_if_damaged,
-    rest_on,
-)
+from dcext.nn.placement import batch_decodes, place, raise_if_damaged  # noqa: E402
+from dcext.weights.indexed import IndexedWeight, decode_together  # noqa: E402
+from dcext.weights.resident import make_resident, shared_result  # noqa: E402
 
 CODECS = ["raw", "zstd", "packed"]
 
@@ -54,11 +48,11 @@ def layer(codec: str, rows=40, cols=96, activations="int8", outliers=False) -> d
     )
 
 
-def resting(module: dcext.DCLinear) -> dcext.DCLinear:
+def backing(module: dcext.DCLinear) -> dcext.DCLinear:
     """The module as ``.to("cuda")`` leaves it; in the interpreter on the CPU."""
     if DEVICE == "cuda":
         return module.cuda()
-    module._rest_on(torch.device("cpu"))
+    module._move_to(torch.device("cpu"))
     return module
 
 
@@ -69,7 +63,7 @@ def test_the_bits_of_the_cpu(codec, tokens):
     module = layer(codec)
     x = torch.randn(2, tokens, 96)
     expected = module(x)
-    assert torch.equal(resting(module)(x.to(DEVICE)).cpu(), expected)
+    assert torch.equal(backing(module)(x.to(DEVICE)).cpu(), expected)
     assert module.codec == codec
 
 
@@ -80,7 +74,7 @@ def test_outliers_and_float_activations(codec, activations):
     module = layer(codec, activations=activations, outliers=True)
     x = torch.randn(3, 96).half()  # Triton's interpreter multiplies the bits of bfloat16
     expected = module(x).float()
-    found = resting(module)(x.to(DEVICE)).cpu().float()
+    found = backing(module)(x.to(DEVICE)).cpu().float()
     torch.testing.assert_close(found, expected, rtol=2**-8, atol=float(expected.abs().max()) / 256)
 
 
@@ -91,7 +85,7 @@ def test_a_block_decodes_together():
     expected = block(x)
     for module in block:
         if isinstance(module, dcext.DCLinear):
-            resting(module)
+            backing(module)
     batch_decodes(block)
     batch_decodes(block)
     assert len(block._forward_pre_hooks) == 1
@@ -112,7 +106,7 @@ def test_embedding_rows():
         if DEVICE == "cuda":
             module.cuda()
         else:
-            module._rest_on(torch.device("cpu"))
+            module._move_to(torch.device("cpu"))
         assert torch.equal(module(indices.to(DEVICE)).cpu(), expected)
         assert torch.equal(module.decode_qweight().cpu(), dcext.decode(module.payload.cpu()))
 
@@ -120,11 +114,11 @@ def test_embedding_rows():
 def test_modules_that_share_a_payload_share_what_rests():
     payload = dcext.encode(gaussian(40, 96, 3.0), "zstd")
     cpu = torch.device("cpu")
-    first = rest_on(payload, cpu)
-    assert rest_on(payload, cpu) is first
-    assert rest_on(payload.clone(), cpu) is not first
+    first = make_resident(payload, cpu)
+    assert make_resident(payload, cpu) is first
+    assert make_resident(payload.clone(), cpu) is not first
     del first
-    assert made_once(payload, cpu, lambda: torch.zeros(1)).numel() == 1
+    assert shared_result(payload, cpu, lambda: torch.zeros(1)).numel() == 1
 
 
 def test_raw_weights_are_not_copied():
@@ -147,7 +141,7 @@ def test_frames_with_matches_rest_raw():
     assert torch.equal(weight.qweight(), repeats)
     module = dcext.DCLinear(payload, torch.ones(len(repeats)))
     with pytest.warns(UserWarning, match="rests as raw INT8"):
-        module._rest_on(torch.device("cpu"))
+        module._move_to(torch.device("cpu"))
     assert module.codec == "raw"
     assert torch.equal(dcext.decode(module.payload), repeats)
     with warnings.catch_warnings():
@@ -157,8 +151,8 @@ def test_frames_with_matches_rest_raw():
 
 def test_damage_in_memory_is_found():
     module = layer("zstd", 200)
-    module._rest_on(torch.device("cpu"))
-    weight = module.resting
+    module._move_to(torch.device("cpu"))
+    weight = module.backing
     raise_if_damaged(module)
     weight.payload[200:2000] = 255
     weight.qweight()
@@ -205,7 +199,7 @@ def test_a_block_is_traced_whole(together):
     block = nn.Sequential(layer("zstd", 96), nn.GELU(), layer("raw", 96), layer("zstd", 20))
     for module in block:
         if isinstance(module, dcext.DCLinear):
-            resting(module)
+            backing(module)
     if together:
         batch_decodes(block)
     x = torch.randn(4, 96, device=DEVICE)

@@ -12,7 +12,7 @@ from test_packed import of_width
 
 import dcext
 from dcext import _C
-from dcext.runtime.placement import LEAST_SLOTS_NBYTES
+from dcext.offloading.state import LEAST_SLOTS_NBYTES
 
 ops = torch.ops.dcext
 ROWS, COLS = 40, 96
@@ -152,7 +152,7 @@ def test_a_model_that_streams_refuses_such_a_file(tmp_path):
     model = dcext.compress_(grouped_llama(512, 1024, vocabulary=8192), config)
     layer = model.get_submodule(name)
     data = encode_packed(of_width(layer.shape, 4, 0.05).numpy(), widths=[4] * 16, panel_rows=64)
-    layer.rest_in_memory(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    layer.set_payload(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     dcext.save_pretrained(model, tmp_path / "model")
     path, offset, nbytes = in_file(dcext.from_pretrained(tmp_path / "model"), name)
     with path.open("r+b") as file:

@@ -14,7 +14,7 @@ from zoo import FAMILIES
 import dcext
 from dcext.nn.compressed import compressed_modules
 from dcext.nn.convert import float_copy
-from dcext.runtime.placement import LEAST_SLOTS_NBYTES
+from dcext.offloading.state import LEAST_SLOTS_NBYTES
 
 TIGHT = 1e-5  # relative; float32 sums in another order
 NAMES = ("llama", "gpt2", "t5", "mixtral")

@@ -23,7 +23,7 @@ from triton_modes import (
 
 import dcext
 from dcext.compress import compressed_modules
-from dcext.runtime.device_offload import plan_device
+from dcext.offloading.device_budget import plan_device
 
 CODECS = ("raw", "zstd", "packed")
 MODES = ("auto", "device", "host", "raw")
@@ -99,8 +99,8 @@ def run_often(model: nn.Module) -> None:
 @on_device
 @pytest.mark.parametrize("codec", CODECS)
 def test_blocks_from_disk(folders, codec, monkeypatch):
-    monkeypatch.setattr("dcext.runtime.device_offload.LEAST_READS_NBYTES", 1 << 20)
-    monkeypatch.setattr("dcext.runtime.device_offload.READS_NBYTES", 1 << 20)
+    monkeypatch.setattr("dcext.offloading.device_budget.LEAST_READS_NBYTES", 1 << 20)
+    monkeypatch.setattr("dcext.offloading.device_budget.READS_NBYTES", 1 << 20)
     folder = folders[codec]
     resident = dcext.from_pretrained(folder)
     expected = logits(resident.to("cuda") if DEVICE == "cuda" else resident)
@@ -108,7 +108,7 @@ def test_blocks_from_disk(folders, codec, monkeypatch):
     everything = plan_device(model, "device", least(folder, "device"), None).host_nbytes
     budget = (1 << 20) + everything * 3 // 4  # all indices, and some payloads
     # So small a model fits where it can be read into.
-    monkeypatch.setattr("dcext.runtime.device_offload._fits", lambda host, budget: False)
+    monkeypatch.setattr("dcext.offloading.device_budget._fits", lambda host, budget: False)
     dcext.offload(model, device_memory=least(folder, "device"), host_memory=budget, device=DEVICE)
     assert "disk" in model.dcext_offload.tiers.values()
     for _ in range(3):
@@ -130,7 +130,7 @@ def test_some_blocks_rest(folders):
     everything = plan_device(model, "device", 1 << 40, None)
     budget = (least(folder, "device") + everything.device_nbytes) // 2
     plan = plan_device(model, "device", budget, None)
-    assert plan.resting or everything.device_nbytes <= budget
+    assert plan.backing or everything.device_nbytes <= budget
     assert plan.device_nbytes <= budget
     for mode in ("device", "raw"):
         with pytest.raises(ValueError, match="host_memory: expected at least"):

@@ -32,7 +32,7 @@ from whole.drawn import LAYER_SIGMA, normal
 
 import dcext
 from dcext.codec import decode, encode, seek_index
-from dcext.runtime.device_stream import DeviceStream, HostDecoded
+from dcext.weights.device_stream import DeviceStream, HostDecoded
 
 COPY_NBYTES = (64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 COPIED_NBYTES = 256 << 20  # in all, for one time

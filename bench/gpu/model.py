@@ -33,7 +33,7 @@ from torch import Tensor
 from whole.drawn import POOL_SIZE, SHAPES, drawn_model
 
 from dcext.nn.compressed import CompressedModule
-from dcext.nn.device import batch_decodes, raise_if_damaged
+from dcext.nn.placement import batch_decodes, raise_if_damaged
 
 BIG, SMALL, SMOKE = "Llama 3B", "Llama 1B", "tiniest"
 BIG_NEEDS_BYTES = 12 << 30  # of the device: its bfloat16 weights, cache and room
@@ -86,7 +86,7 @@ def load(tier: Tier, shape: str) -> Any:
         model = model.float()
         for module in model.modules():
             if isinstance(module, CompressedModule):
-                module._rest_on(DEVICE)
+                module._move_to(DEVICE)
     if tier.together:
         for block in model.model.layers:
             batch_decodes(block)

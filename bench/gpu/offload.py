@@ -31,7 +31,7 @@ from torch import Tensor
 from whole.drawn import POOL_SIZE, SHAPES, drawn_model
 
 import dcext
-from dcext.runtime.device_offload import plan_device
+from dcext.offloading.device_budget import plan_device
 
 LENGTHS = (1, 16, 512)
 REPEATS = 9

@@ -21,14 +21,15 @@ from passes import begin, disagreements, ids_of, one_pass, save
 from rich.table import Table
 
 import dcext
+from dcext.offloading.state import other_nbytes
+from dcext.offloading.weights import weights_of
 from dcext.policy.decide import Budget, BudgetError, Decider
-from dcext.policy.measure import tune
 from dcext.policy.predict import Observed
 from dcext.policy.presets import preset
-from dcext.runtime.observe import describe
-from dcext.runtime.placement import other_nbytes
-from dcext.runtime.planning import Study
-from dcext.runtime.weights import weights_of
+from dcext.policy.tier import Tier
+from dcext.profiling.measure import tune
+from dcext.profiling.observe import describe
+from dcext.profiling.study import Study
 
 LENGTHS = (1, 512)
 SHARES = (1.2, 0.8, 0.6, 0.45, 0.35)  # of plain INT8's memory
@@ -36,7 +37,7 @@ SMOKE_SHARES = (3.0,)  # slots are most of so small a model
 DRAWN = 5
 REPEATS = 7
 INT8 = "all as INT8"
-Tiers = dict[str, str]
+Tiers = dict[str, Tier]
 
 
 @dataclass

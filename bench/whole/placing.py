@@ -14,15 +14,16 @@ from torch import Tensor
 from watch import Watch
 
 import dcext
+from dcext.offloading.apply import move_weights
+from dcext.offloading.state import LEAST_SLOTS_NBYTES, slots_for
+from dcext.offloading.weights import weights_of
 from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.plan import Plan
-from dcext.policy.predict import Prediction, Unit, place_and_codec
+from dcext.policy.predict import Prediction, Unit
+from dcext.policy.tier import Tier
 from dcext.policy.timeline import SLOTS_NBYTES
-from dcext.runtime.observe import forward_of
-from dcext.runtime.placement import LEAST_SLOTS_NBYTES, slots_for
-from dcext.runtime.planning import Study, study
-from dcext.runtime.retier import retier
-from dcext.runtime.weights import weights_of
+from dcext.profiling.observe import forward_of
+from dcext.profiling.study import Study, study
 
 Tiers = Mapping[str, str]
 # Of a visit, by their tokens.
@@ -80,10 +81,10 @@ class Rig:
     def place(self, placement: Placement) -> None:
         """Moves every layer to its tier."""
         for weight in self.weights:
-            place, codec = place_and_codec(placement.tiers[weight.name])
-            if place == "memory" and weight.tier != placement.tiers[weight.name]:
-                weight.rest_in_memory(self._payloads[weight.name, codec])
-        retier(self.model, self.weights, placement.tiers, placement.slots_nbytes)
+            tier = placement.tiers[weight.name]
+            if tier.place == "memory" and weight.tier != tier:
+                weight.set_payload(self._payloads[weight.name, tier.codec])
+        move_weights(self.model, self.weights, placement.tiers, placement.slots_nbytes)
 
     def predict(self, placement: Placement, tokens: int) -> Prediction:
         """Of a pass."""
@@ -109,7 +110,7 @@ class Rig:
 
     def uniform(self, codec: str) -> Placement:
         """All in memory, in one codec."""
-        return Placement({unit.name: f"memory/{codec}" for unit in self.units})
+        return Placement({unit.name: Tier("memory", codec) for unit in self.units})
 
     def random_placement(self, draw: random.Random, budget: int, tolerance: float) -> Placement:
         """Random tiers that fit in a budget of host memory and leave little of it.
@@ -124,7 +125,7 @@ class Rig:
 
         def room(tiers: Tiers) -> int:
             taken = sum(predictor.memory(units[n], tier)[0] for n, tier in tiers.items())
-            reads = any(tier.startswith("disk/") for tier in tiers.values())
+            reads = any(tier.place == "disk" for tier in tiers.values())
             return budget - base - taken - (slots if reads else 0)
 
         # How often each place is drawn differs from plan to plan, so that plans differ as wholes.
@@ -145,12 +146,12 @@ class Rig:
         """The paper's: so many layers, evenly spread, entropy-coded that the others fit as plain INT8; None if they never do."""
         for count in range(len(self.units) + 1):
             tiers = {
-                unit.name: "memory/zstd"
+                unit.name: Tier.parse("memory/zstd")
                 if (i + 1) * count // len(self.units) > i * count // len(self.units)
-                else "memory/raw"
+                else Tier.parse("memory/raw")
                 for i, unit in enumerate(self.units)
             }
-            taken = sum(u.nbytes[place_and_codec(tiers[u.name])[1]] for u in self.units)
+            taken = sum(u.nbytes[tiers[u.name].codec] for u in self.units)
             if taken + self.study.others <= budget:
                 return Placement(tiers)
         return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dcext
 from dcext.nn.compressed import CompressedModule
-from dcext.runtime.host_stream import Origin
+from dcext.weights.host_stream import Origin
 from whole.disk import READ_NBYTES, READERS, huge_pages
 
 PAGE = mmap.PAGESIZE
@@ -60,14 +60,14 @@ def make_synchronous(model: Any) -> Callable[[], dict[str, Any]]:
     reader = SynchronousReader(max(layer.payload.nbytes for layer in layers))
     for layer in layers:
         layer.register_forward_pre_hook(partial(_fetch, reader))
-        layer.register_forward_hook(partial(_leave, layer.payload, layer.resting))
+        layer.register_forward_hook(partial(_leave, layer.payload, layer.backing))
     return lambda: {"used_nbytes": reader.nbytes}
 
 
 def _fetch(reader: SynchronousReader, layer: CompressedModule, _inputs: Any) -> None:
     if layer.origin is not None:
-        layer.rest_in_memory(reader.read(layer.origin))
+        layer.set_payload(reader.read(layer.origin))
 
 
 def _leave(view: Tensor, weight: Any, layer: nn.Module, _inputs: Any, _output: Any) -> None:
-    layer.rest_in_file(view, weight)
+    layer.stream_from(view, weight)

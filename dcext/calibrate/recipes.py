@@ -29,7 +29,7 @@ from dcext.quantize.rate import (
 from dcext.quantize.report import LayerReport
 from dcext.quantize.rounding import quantize_absmax
 from dcext.quantize.statistics import InputStatistics
-from dcext.runtime.origin import to_weight_memory
+from dcext.weights.origin import to_weight_memory
 
 UNREACHED = "no calibration token reached the layer"
 # A fallback is rounded with fewer bits by what its scales take, but by no more than this many per weight: matrices of

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
+from dcext.nn.blocks import STACKS, block_modules, num_multiplied
 from dcext.nn.matrix import is_multiplied, kind_of
-
-STACKS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-# A module beside a stack is a block too where it weighs at least this share of the stack's mean block.
-LEAST_SHARE = 0.5
 
 
 @dataclass
@@ -30,20 +26,14 @@ class Block:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The blocks of a model, by its structure alone: nothing is run, and weights may be on the meta device.
-
-    Blocks are the elements of the outermost stacks (``nn.ModuleList`` and the like) whose elements are made of several
-    modules: those of decoder and encoder, of text, vision and audio. A module beside a stack that weighs as much as
-    its blocks is one too (the middle of a UNet). How blocks are connected does not matter here: see ``walk``. Lists
-    of bare linear layers are heads, and no stacks.
+    """The blocks of a model (``dcext.nn.blocks``), which may be on the meta device.
 
     Returns:
         In the model's order, none within another; the model itself as the only one (with an empty name) where it
         has no stack.
     """
     tied = tied_to_embeddings(model)
-    seen: set[int] = set()
-    found = [Block(name, module, tied) for name, module in _stacked(model, "", seen)]
+    found = [Block(name, module, tied) for name, module in block_modules(model).items()]
     return found or [Block("", model, tied)]
 
 
@@ -106,63 +96,4 @@ def split_block(block: Block) -> list[Block]:
             parts += [(f"{path}.{i}", element) for i, element in child.named_children()]
         else:
             parts.append((path, child))
-    return [Block(name, module, block.tied) for name, module in parts if _weights(module)]
-
-
-def _stacked(parent: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """Blocks below a module: the elements of its stacks, what weighs as much beside them, and those further down."""
-    children = [
-        (f"{path}.{name}" if path else name, child) for name, child in parent.named_children()
-    ]
-    stacks = [(name, child) for name, child in children if _is_stack(child)]
-    sizes = [
-        _weights(element)
-        for _, stack in stacks
-        for element in stack.children()
-        if _weights(element)
-    ]
-    for name, child in children:
-        if id(child) in seen:
-            continue  # the same module under another name
-        seen.add(id(child))
-        if (name, child) in stacks:
-            for key, element in child.named_children():
-                if id(element) not in seen and _weights(element):
-                    seen.add(id(element))
-                    yield f"{name}.{key}", element
-            continue
-        below = list(_stacked(child, name, seen))
-        if below:
-            yield from below
-        elif sizes and _is_composite(child) and _weights(child) >= LEAST_SHARE * _mean(sizes):
-            yield name, child
-
-
-def _is_stack(module: nn.Module) -> bool:
-    """Whether a container holds blocks: each made of several modules; of ``nn.Sequential``, more than one of these."""
-    if not isinstance(module, STACKS):
-        return False
-    blocks = [child for child in module.children() if _weights(child) and _has_children(child)]
-    return len(blocks) > (1 if isinstance(module, nn.Sequential) else 0)
-
-
-def _is_composite(module: nn.Module) -> bool:
-    """Whether a module has several matrices and looks nothing up."""
-    if isinstance(module, STACKS):
-        return False
-    kinds = [kind.name for kind in map(kind_of, module.modules()) if kind is not None]
-    return len(kinds) > 1 and "embedding" not in kinds
-
-
-def _has_children(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
-
-
-def _weights(module: nn.Module) -> int:
-    """How many weights are multiplied in a module."""
-    matrices = [part.weight for part in module.modules() if is_multiplied(part)]
-    return sum(matrix.numel() for matrix in matrices if isinstance(matrix, Tensor))
-
-
-def _mean(sizes: list[int]) -> float:
-    return sum(sizes) / len(sizes)
+    return [Block(name, module, block.tied) for name, module in parts if num_multiplied(module)]

@@ -46,7 +46,8 @@ def analyze(
     """Show per layer how compressible a float model's INT8 weights, and its layer inputs on a text, are."""
     from dcext.analyze import analyze_model
     from dcext.hub import DTYPES, load_float_model
-    from dcext.plots import check_plot, plot_analysis
+    from dcext.plots.compression import plot_analysis
+    from dcext.plots.figure import check_plot
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")

@@ -121,7 +121,7 @@ def tune(
     as_json: JsonOption = False,
 ) -> None:
     """Measure this machine: memory, disk, decoders, and layers over the number of tokens. Takes a few seconds."""
-    from dcext.policy.measure import tune as measured
+    from dcext.profiling.measure import tune as measured
 
     with share_progress("measuring") as advance:
         machine = measured(folder, device=device, refresh=refresh, progress=advance)
@@ -191,8 +191,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Choose for each layer where to keep it and how, for least time in the memory that is free, or that is given."""
-    from dcext.plots import check_plot
-    from dcext.policy.plots import TERMINAL, plot_plan
+    from dcext.plots.figure import check_plot
+    from dcext.plots.plan import TERMINAL, plot_plan
 
     if plot not in (None, TERMINAL):
         check_plot(str(plot))
@@ -220,7 +220,7 @@ def plan(
     )
     points = _curve(studied, mix, model if measure else None, forward) if plot else []
     if measure:
-        from dcext.runtime.explain import measured
+        from dcext.planning.explain import measured
 
         made = measured(model, made, forward)
     if output is not None:
@@ -243,8 +243,8 @@ def _study(
     """The model, what runs a pass of it, and what the policy knows of both."""
     import dcext
     from dcext.format import CheckpointReader
-    from dcext.runtime.observe import forward_of
-    from dcext.runtime.planning import DEVICE, study
+    from dcext.profiling.observe import forward_of
+    from dcext.profiling.study import DEVICE, study
 
     with byte_progress("loading", CheckpointReader(folder).tensor_nbytes) as advance:
         model = dcext.from_pretrained(folder, progress=advance)
@@ -256,14 +256,14 @@ def _study(
 
 def _study_of_shapes(name: str, machine: str | None, on_device: bool) -> Any:
     from dcext.policy.shapes import units_of
-    from dcext.runtime.planning import DEVICE, study_of_units
+    from dcext.profiling.study import DEVICE, study_of_units
 
     units, others = units_of(name)
     return study_of_units(units, others, machine, DEVICE if on_device else None)
 
 
 def _curve(studied: Any, mix: Mapping[int, float], model: Any, forward: Any) -> list[CurvePoint]:
-    from dcext.runtime.explain import curve
+    from dcext.planning.explain import curve
 
     with share_progress("drawing") as report:
         return curve(studied, mix, model=model, forward=forward, progress=report)
@@ -307,7 +307,7 @@ def _grouped(
     groups: dict[tuple[str, str], list[PlannedLayer]] = {}
     for layer in layers:
         name = layer.name if each else re.sub(r"\.\d+\.", ".*.", layer.name)
-        groups.setdefault((name, layer.tier), []).append(layer)
+        groups.setdefault((name, str(layer.tier)), []).append(layer)
     return groups
 
 

@@ -73,8 +73,8 @@ def evaluate(
     import torch
 
     from dcext.evaluate import perplexity
-    from dcext.nn.device import raise_if_damaged
-    from dcext.runtime.placement import offload_of
+    from dcext.nn.placement import raise_if_damaged
+    from dcext.offloading.state import offload_of
 
     content = text.read_text(encoding="utf-8")
     model, tokenizer = _load(
@@ -133,8 +133,8 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from dcext.nn.device import raise_if_damaged
-    from dcext.runtime.placement import offload_of
+    from dcext.nn.placement import raise_if_damaged
+    from dcext.offloading.state import offload_of
 
     model, tokenizer = _load(
         folder,

@@ -149,7 +149,7 @@ def compress(
     remove_resume_folder(resume)
     report = float_model.dcext_report
     if plot is not None:
-        from dcext.plots import plot_compression
+        from dcext.plots.compression import plot_compression
 
         plot_compression(report, plot)
     _report_compressed(output, report, time.perf_counter() - begin, as_json)

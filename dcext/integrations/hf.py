@@ -6,10 +6,7 @@ Imported while transformers is: nothing here may need its models.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from dcext.compress import AFTER_COMPRESSION, compress_
 from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.format import CheckpointReader
@@ -32,17 +30,16 @@ from dcext.loading import (
     QUANT_METHOD,
     REPORT_ATTRIBUTE,
     Loader,
+    current_load_options,
     describe,
     forget_ties,
     stored_report,
 )
 from dcext.nn.compressed import compressed_modules
 from dcext.nn.convert import decompress_module_
-from dcext.nn.device import place
+from dcext.nn.placement import place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
 
@@ -105,34 +102,6 @@ class DCConfig(QuantizationConfigMixin):
         return {"quant_method": QUANT_METHOD, **choices, **patterns}
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """What ``dcext.from_pretrained`` tells the quantizer that transformers makes.
-
-    Attributes:
-        in_files: whether payloads are left in their files.
-        progress: called with the number of bytes loaded since the last call.
-        reader: the checkpoint, open already.
-    """
-
-    in_files: bool = False
-    progress: Callable[[int], None] = lambda nbytes: None
-    reader: CheckpointReader | None = None
-
-
-_OPTIONS: ContextVar[LoadOptions | None] = ContextVar("dcext_load_options", default=None)
-
-
-@contextmanager
-def load_options(options: LoadOptions) -> Iterator[None]:
-    """While entered, models that this thread loads are loaded with these options."""
-    token = _OPTIONS.set(options)
-    try:
-        yield
-    finally:
-        _OPTIONS.reset(token)
-
-
 class DCQuantizer(HfQuantizer):
     """Loads payloads as they are stored, each byte verified, into a skeleton; or compresses a float model."""
 
@@ -177,7 +146,7 @@ class DCQuantizer(HfQuantizer):
     ) -> None:
         if not self.pre_quantized:
             return
-        options = _OPTIONS.get() or LoadOptions()
+        options = current_load_options()
         reader = options.reader
         if reader is None:
             reader = CheckpointReader(_folder(checkpoint_files, model.config), partial=True)
@@ -231,8 +200,6 @@ class DCQuantizer(HfQuantizer):
             module.to(device_map[owner])
 
     def _compress(self, model: Any) -> Any:
-        from dcext.compress import compress_  # which needs transformers for nothing else
-
         config = self.quantization_config
         assert config.compression is not None
         compress_(
@@ -304,7 +271,10 @@ def _name_in(model: PreTrainedModel, name: str) -> str | None:
 
 
 def mark_compressed(model: Any, config: CompressionConfig) -> None:
-    """Gives a model that was compressed what one that was loaded has, so that both take the same ways."""
+    """Gives a model of transformers that was compressed what one that was loaded has; others stay as they are."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return
     stored = DCConfig()
     stored.compression = config
     stored.stored = describe(model, config.to_dict())
@@ -319,3 +289,4 @@ def mark_compressed(model: Any, config: CompressionConfig) -> None:
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantization_config(QUANT_METHOD)(DCConfig)
     register_quantizer(QUANT_METHOD)(DCQuantizer)
+    AFTER_COMPRESSION.append(mark_compressed)

@@ -14,7 +14,7 @@ from dcext.kernels import packed_kernels as kernels
 from dcext.kernels.activation_kernels import quantize, scale
 from dcext.kernels.activations import quantize_tile, scale_tile
 from dcext.kernels.dispatch import to_autocast_dtype, without_gradient
-from dcext.kernels.packed_weight import GROUP_COLS, PackedWeight
+from dcext.weights.packed import GROUP_COLS, PackedWeight
 
 __all__ = ["PackedWeight", "packed_linear"]
 

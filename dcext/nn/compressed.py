@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from dcext import ops  # noqa: F401  (registers dequantize_weight)
 from dcext.codec import decode, payload_info, verify_payload
 from dcext.errors import FormatError
-from dcext.nn.device import IndexedWeight, Resting, made_once, rest_on
 from dcext.nn.views import MatrixView
-from dcext.runtime.host_stream import StreamedWeight
-from dcext.runtime.origin import Origin, to_weight_memory
-
-if TYPE_CHECKING:
-    from dcext.kernels.packed_weight import PackedWeight
-    from dcext.runtime.traveling import TravelingBlock
+from dcext.weights.host_stream import StreamedWeight
+from dcext.weights.indexed import IndexedWeight
+from dcext.weights.origin import Origin, to_weight_memory
+from dcext.weights.packed import PackedWeight
+from dcext.weights.resident import make_resident, shared_result
 
 _CPU = torch.device("cpu")
 _dequantize = torch.ops.dcext.dequantize_weight.default
@@ -31,6 +29,19 @@ OWN_BUFFERS = (
     "outlier_weight",
 )
 COMPUTE_DTYPE = "_compute_dtype"
+
+
+class Prefetcher(Protocol):
+    """What copies the weights of a block to a device ahead of its calls.
+
+    Attributes:
+        in_use: whether the weights are on the device for work that is enqueued now.
+    """
+
+    in_use: bool
+
+    def stop(self) -> None:
+        """Copies nothing any more; the weights stay in their files."""
 
 
 def storage_form(scale: Tensor) -> Tensor:
@@ -46,10 +57,10 @@ def stored_scale_nbytes(scale: Tensor) -> int:
     return storage_form(scale).nbytes
 
 
-class CompressedModule(Resting):
+class CompressedModule(nn.Module):
     """A matrix ``diag(row_scale) @ qweight @ diag(col_scale)`` stored as a payload. Frozen: its one parameter is empty.
 
-    ``.to("cuda")`` moves it to a GPU as any module, compressed; see ``dcext.nn.device`` for how it rests there.
+    ``.to("cuda")`` moves it to a GPU as any module, compressed; see ``dcext.weights.indexed`` for its form there.
 
     Attributes:
         payload: 1-D uint8, the coded ``qweight``; never modified in place, so modules may share one. Mapped memory where
@@ -58,12 +69,21 @@ class CompressedModule(Resting):
             what else the model has.
         origin: where the payload comes from, or None if not from a file.
         row_scale: ``(out_features,)`` float32; may be given as ``(1,)`` where all rows share one.
-        col_scale: ``(in_features,)`` float32, or None; likewise.
+        col_scale: ``(in_features,)`` float32, or None; may be given as ``(1,)`` too.
+        shape: ``(out_features, in_features)``.
+        backing: where layers read the weights unless they read ``payload``, as on the CPU: resident on a device, or
+            streamed from a file.
+        decoded: the int8 matrix while a block's weights are decoded together (``dcext.nn.placement``), else None.
+        prefetched_by: what copies ``backing`` to the device when the block is called, or None.
     """
 
     payload: Tensor
     row_scale: Tensor
     col_scale: Tensor | None
+    shape: tuple[int, int]
+    backing: IndexedWeight | PackedWeight | StreamedWeight | None = None
+    decoded: Tensor | None = None
+    prefetched_by: Prefetcher | None = None
     _compute_dtype: Tensor
     activations: str = "none"
     is_hidden: bool = False
@@ -122,61 +142,75 @@ class CompressedModule(Resting):
         """Whether the payload is a file's, mapped: not verified yet, and read when it is used."""
         return self._is_in_file
 
-    def come_from(self, origin: Origin, *, in_file: bool) -> None:
-        """Says where the payload comes from, and whether it is still there, mapped."""
+    def set_origin(self, origin: Origin, *, in_file: bool) -> None:
+        """Notes which tensor of a checkpoint the payload is.
+
+        Args:
+            origin: the tensor.
+            in_file: whether the payload is still the file's bytes, mapped.
+        """
         self.origin = origin
         self._is_in_file = in_file
 
-    def rest_in_file(self, view: Tensor, weight: StreamedWeight) -> None:
-        """Leaves the weights in their file.
+    def stream_from(self, view: Tensor, weight: StreamedWeight) -> None:
+        """Leaves the weights in their file and reads them from there whenever the module is called.
 
         Args:
-            view: the payload there, mapped.
-            weight: who reads it.
+            view: the payload in the file, mapped.
+            weight: reads it.
         """
         self._describe(payload_info(view))
         self.payload = view
-        self.resting = weight
+        self.backing = weight
         self._is_in_file = True
 
-    def wait_in_file(self) -> None:
-        """Leaves the weights in their file, where only ``qweight`` finds them, until ``travel``."""
+    def offload_to_file(self) -> None:
+        """Leaves the weights in their file; the module can be called again after ``prefetch_with``."""
         assert self.origin is not None
-        self.rest_in_memory(self.origin.view())
+        self.set_payload(self.origin.view())
         self._is_in_file = True
 
-    def travel(
-        self, weight: IndexedWeight | PackedWeight, codec: str, block: TravelingBlock
+    def prefetch_with(
+        self, prefetcher: Prefetcher, weight: IndexedWeight | PackedWeight, codec: str
     ) -> None:
-        """After ``wait_in_file``: ``block`` brings the weights to ``weight`` on a device whenever it is called.
+        """After ``offload_to_file``: has the weights copied to a device whenever the block that the module is in is called.
 
         Args:
-            weight: there.
-            codec: of what travels.
-            block: that the module lies in.
+            prefetcher: copies them.
+            weight: their form on the device.
+            codec: ``"raw"``, ``"packed"`` or ``"zstd"``, of what is copied.
         """
-        self.resting = weight
+        self.backing = weight
         self.codec = codec
-        self.travels_with = block
+        self.prefetched_by = prefetcher
 
     def move_all_but_payload(self, device: torch.device) -> None:
-        """Moves scales and the like; modules that share one still do."""
+        """Moves scales, bias and outlier columns; modules that share one of these still do."""
         for name, buffer in self._buffers.items():
             if buffer is not None and name != "payload" and buffer.device != device:
-                moved = made_once(buffer, device, lambda buffer=buffer: buffer.to(device))  # type: ignore[misc]
+                moved = shared_result(buffer, device, lambda buffer=buffer: buffer.to(device))  # type: ignore[misc]
                 self._buffers[name] = moved
 
-    def rest_in_memory(self, payload: Tensor) -> None:
-        """Takes over a payload of the module's integers, in any codec."""
-        self._leave_device()
+    def set_payload(self, payload: Tensor) -> None:
+        """Keeps the weights in host memory.
+
+        Args:
+            payload: of the module's integers, in any codec; not copied.
+        """
+        self._drop_backing()
         self._describe(payload_info(payload))
         self.payload = payload
 
-    def rest_on(self, payload: Tensor, device: torch.device) -> None:
-        """Takes over a payload of the module's integers, on the CPU, and rests on a device."""
-        self.rest_in_memory(payload)
+    def make_resident(self, payload: Tensor, device: torch.device) -> None:
+        """Keeps the weights on a device.
+
+        Args:
+            payload: of the module's integers, on the CPU; copied.
+            device: where the module is from now on.
+        """
+        self.set_payload(payload)
         self.move_all_but_payload(device)
-        self._rest_on(device)
+        self._move_to(device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -259,8 +293,8 @@ class CompressedModule(Resting):
 
     def decode_qweight(self) -> Tensor:
         """Decodes the weights: ``(out_features, in_features)`` int8, where the module is."""
-        if isinstance(self.resting, IndexedWeight) and not self.is_in_file:
-            return self.resting.qweight()
+        if isinstance(self.backing, IndexedWeight) and not self.is_in_file:
+            return self.backing.qweight()
         return decode(self.payload.cpu()).to(self.row_scale.device)
 
     def dequantize(self) -> Tensor:
@@ -297,29 +331,29 @@ class CompressedModule(Resting):
         """A verified copy of a payload that is in a file; modules that share it get the same."""
         if self.origin is None:
             return self.payload
-        return made_once(self.payload, _CPU, self.origin.load)
+        return shared_result(self.payload, _CPU, self.origin.load)
 
     def _move_payload(self, device: torch.device) -> None:
         payload = self._payload_in_memory() if self.is_in_file else self.payload
-        self._leave_device()
+        self._drop_backing()
         if device.type == "meta":
             self.payload = payload.to(device)
             return
-        self.payload = made_once(payload, _CPU, payload.cpu) if payload.is_cuda else payload
+        self.payload = shared_result(payload, _CPU, payload.cpu) if payload.is_cuda else payload
         self._describe(payload_info(self.payload))
         if device.type != "cpu":
-            self._rest_on(device)
+            self._move_to(device)
 
-    def _rest_on(self, device: torch.device) -> None:
+    def _move_to(self, device: torch.device) -> None:
         """Takes the payload, which is on the CPU, to a device."""
-        self.resting = rest_on(self.payload, device)
-        self.payload = self.resting.payload
-        if isinstance(self.resting, IndexedWeight):
-            self.codec = self.resting.codec
+        self.backing = make_resident(self.payload, device)
+        self.payload = self.backing.payload
+        if isinstance(self.backing, IndexedWeight):
+            self.codec = self.backing.codec
 
-    def _leave_device(self) -> None:
-        self.resting = None
-        self.travels_with = None
+    def _drop_backing(self) -> None:
+        self.backing = None
+        self.prefetched_by = None
         self._is_in_file = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -328,7 +362,7 @@ class CompressedModule(Resting):
         if self._is_in_file:
             own = self._payload_in_memory()
             state["_buffers"] = {**self._buffers, "payload": own}
-            state |= {"resting": None, "travels_with": None, "_is_in_file": False}
+            state |= {"backing": None, "prefetched_by": None, "_is_in_file": False}
             state["codec"] = payload_info(own)["codec"]
         state["origin"] = None
         return state
@@ -365,11 +399,11 @@ class CompressedModule(Resting):
                 self._describe(info)
                 device = self.row_scale.device
                 replacement = self._shared_copy(payload)
-                self._leave_device()
+                self._drop_backing()
                 self.origin = None
                 self.payload = replacement
                 if device.type == "cuda":
-                    self._rest_on(device)
+                    self._move_to(device)
             except (FormatError, TypeError, ValueError) as error:
                 error_msgs.append(f"{key}: {error}")
             state_dict = {**state_dict, key: self.payload}
@@ -383,13 +417,13 @@ class CompressedModule(Resting):
         own = self.payload
         if not self.is_in_file and own.device.type == "cpu" and torch.equal(own, payload):
             return own
-        copied = made_once(own, _CPU, lambda: to_weight_memory(payload))
+        copied = shared_result(own, _CPU, lambda: to_weight_memory(payload))
         return copied if torch.equal(copied, payload) else to_weight_memory(payload)
 
     def extra_repr(self) -> str:
         """Shape, codec, size and where the weights rest."""
         place = "disk" if self.is_in_file else self.payload.device.type
-        place = "host" if self.travels_with is not None else place
+        place = "host" if self.prefetched_by is not None else place
         tier = f"{place}/{self.codec}"
         return f"{self.bits_per_weight:.2f} bits/weight, ratio={self.ratio:.2f}, tier={tier}, dtype={self.dtype}"
 

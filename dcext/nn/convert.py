@@ -127,7 +127,7 @@ def _float_layer(module: CompressedModule) -> nn.Module:
 
 
 _OF_COMPRESSED = {
-    *("shape", "codec", "activations", "origin", "resting", "travels_with", "decoded"),
+    *("shape", "codec", "activations", "origin", "backing", "prefetched_by", "decoded"),
     *("_is_in_file", "_weight_shape", "_rows", "is_hidden"),
 }
 
@@ -164,7 +164,7 @@ def encode_anew_(module: CompressedModule, layer: nn.Module) -> None:
     qweight, row_scale = quantize_absmax(matrix_of(layer).float().cpu(), "row")
     codec = module.codec if module.codec in CODECS else "auto"
     module.origin = None
-    module.rest_in_memory(encode(qweight, codec))
+    module.set_payload(encode(qweight, codec))
     module.row_scale, module.col_scale = row_scale.to(device), None
     bias = layer._parameters.get("bias")
     if isinstance(module, CompressedLinear):
@@ -173,7 +173,7 @@ def encode_anew_(module: CompressedModule, layer: nn.Module) -> None:
     elif bias is not None:
         module._parameters["bias"] = bias
     if device.type != "cpu":
-        module.rest_on(module.payload, device)
+        module.make_resident(module.payload, device)
 
 
 @cache

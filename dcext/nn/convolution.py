@@ -23,7 +23,7 @@ class DCConvolution(CompressedModule):
             x: ``(batch, channels, *sizes)`` or ``(channels, *sizes)``.
             args: of a transposed convolution: the size of the output.
         """
-        patches = as_patches(self, x) if self.resting is None and x.device.type == "cpu" else None
+        patches = as_patches(self, x) if self.backing is None and x.device.type == "cpu" else None
         if patches is None:
             return super().forward(x, *args)
         bias = self._parameters["bias"]

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from dcext.codec import decode, encode
 from dcext.nn.compressed import CompressedModule
-from dcext.nn.device import IndexedWeight
 from dcext.quantize import quantize_absmax
-from dcext.runtime.host_stream import StreamedWeight
+from dcext.weights.host_stream import StreamedWeight
+from dcext.weights.indexed import IndexedWeight
 
 
 class DCEmbedding(CompressedModule, nn.Embedding):
@@ -45,16 +45,16 @@ class DCEmbedding(CompressedModule, nn.Embedding):
         super().__init__(payload, row_scale, col_scale, dtype)
         self.padding_idx = padding_idx
 
-    def _rest_on(self, device: torch.device) -> None:
+    def _move_to(self, device: torch.device) -> None:
         # What is not read there stays on the host: the payload, unless the rows lie in it.
         if self.codec != "raw":
             self._rows = decode(self.payload, verify=False).to(device)
             return
-        super()._rest_on(device)
+        super()._move_to(device)
         self._rows = self.decode_qweight()
 
-    def _leave_device(self) -> None:
-        super()._leave_device()
+    def _drop_backing(self) -> None:
+        super()._drop_backing()
         self._rows = None
 
     @classmethod
@@ -80,7 +80,7 @@ class DCEmbedding(CompressedModule, nn.Embedding):
     @property
     def rows_nbytes(self) -> int:
         """Bytes of rows on a device that do not lie in the payload there."""
-        is_in_payload = isinstance(self.resting, IndexedWeight) and self.resting.view is not None
+        is_in_payload = isinstance(self.backing, IndexedWeight) and self.backing.view is not None
         return 0 if self._rows is None or is_in_payload else self._rows.nbytes
 
     @property
@@ -112,7 +112,7 @@ class DCEmbedding(CompressedModule, nn.Embedding):
         if self._rows is not None:
             rows = self._rows[indices].float() * self.row_scale[indices][..., None]
             return (rows if self.col_scale is None else rows * self.col_scale).to(self.dtype)
-        weight = self.resting
+        weight = self.backing
         if isinstance(weight, StreamedWeight):
             return torch.ops.dcext.embedding_streamed(
                 indices,
@@ -129,7 +129,7 @@ class DCEmbedding(CompressedModule, nn.Embedding):
 
     def multiply(self, x: Tensor) -> Tensor:
         """``x @ matrix.T`` with float activations, as tied output layers compute it."""
-        if self.resting is not None or x.device.type != "cpu":
+        if self.backing is not None or x.device.type != "cpu":
             return super().multiply(x)
         scales = (self.row_scale, self.col_scale)
         return torch.ops.dcext.linear(x, self.payload, *scales, None, "none")

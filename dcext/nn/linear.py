@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -11,12 +9,10 @@ from dcext import ops  # noqa: F401  (registers linear)
 from dcext.codec import encode
 from dcext.config import ACTIVATIONS
 from dcext.nn.compressed import CompressedModule
-from dcext.nn.device import IndexedWeight
 from dcext.quantize import quantize_absmax
-from dcext.runtime.host_stream import StreamedWeight
-
-if TYPE_CHECKING:
-    from dcext.kernels.packed_weight import PackedWeight
+from dcext.weights.host_stream import StreamedWeight
+from dcext.weights.indexed import IndexedWeight
+from dcext.weights.packed import PackedWeight
 
 _linear = torch.ops.dcext.linear.default
 _linear_streamed = torch.ops.dcext.linear_streamed.default
@@ -144,14 +140,14 @@ class CompressedLinear(CompressedModule):
         return self._product(x, None)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight = self.resting
+        weight = self.backing
         if weight is not None:
-            return self._product_resting(x, bias, weight)
+            return self._product_with(x, bias, weight)
         own = self._buffers
         y = _linear(x, own["payload"], own["row_scale"], own["col_scale"], bias, self.activations)
         return _plus_outliers(y, x, own["outlier_index"], own["outlier_weight"])
 
-    def _product_resting(
+    def _product_with(
         self, x: Tensor, bias: Tensor | None, weight: IndexedWeight | PackedWeight | StreamedWeight
     ) -> Tensor:
         scales = (self.row_scale, self.col_scale, bias)
@@ -159,7 +155,7 @@ class CompressedLinear(CompressedModule):
         if isinstance(weight, StreamedWeight):
             y = _linear_streamed(x, weight.handle, weight.unit, *scales, self.activations)
             return _plus_outliers(y, x, index, columns)
-        block = self.travels_with
+        block = self.prefetched_by
         if block is not None and self.decoded is None and not block.in_use:
             raise RuntimeError(
                 "DCLinear: expected a call of its decoder block, which brings the weights to the device (dcext.offload), "

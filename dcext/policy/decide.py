@@ -12,15 +12,14 @@ from dcext.policy.plan import Plan, PlannedLayer, PlannedPass, count_tokens
 from dcext.policy.predict import (
     COMPUTE,
     DISK,
-    HOST_DECODE,
     RESOURCES,
     Predictor,
     Unit,
     pass_order,
-    place_and_codec,
     read_nbytes,
 )
 from dcext.policy.solve import Choice, Floats, Problem, bound, solutions
+from dcext.policy.tier import HOST_DECODE, Tier
 from dcext.policy.timeline import Integers, anneal
 
 FINE = 0.005  # of memory, for a bound of time
@@ -30,7 +29,7 @@ SLOWER_DISK = 1.4  # so many times as slow, to find candidates that read less
 STEPS, QUICK_STEPS = 150_000, 50_000  # of annealing, for each unit; of some nanoseconds each
 SLOTS = 2  # on a device: one is filled while the other is used
 # Codecs that units may arrive in on a device: the more there are, the more room it takes.
-ARRIVALS = ((), ("zstd",), ("packed",), ("packed", "zstd"), ("packed", "zstd", "raw"))
+SLOT_CODECS = ((), ("zstd",), ("packed",), ("packed", "zstd"), ("packed", "zstd", "raw"))
 UNBOUNDED = 1 << 50  # bytes; sums stay exact in float64
 
 
@@ -52,7 +51,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Room:
+class DeviceReserve:
     """Bytes on a device for what does not rest there.
 
     Attributes:
@@ -65,17 +64,16 @@ class Room:
     decodes: bool
     nbytes: int
 
-    def allows(self, tier: str) -> bool:
+    def allows(self, tier: Tier) -> bool:
         """Whether a unit may be in a tier of a device machine."""
-        place, codec = place_and_codec(tier)
         if tier == HOST_DECODE:
             return "raw" in self.arrives
-        if codec == "zstd" and not self.decodes:
+        if tier.codec == "zstd" and not self.decodes:
             return False
-        return place == "device" or codec in self.arrives
+        return tier.place == "device" or tier.codec in self.arrives
 
 
-def rooms(units: Sequence[Unit]) -> list[Room]:
+def device_reserves(units: Sequence[Unit]) -> list[DeviceReserve]:
     """What a device may need besides the units that rest there, smallest first."""
     blocks: dict[str, list[Unit]] = defaultdict(list)
     for unit in units:
@@ -83,12 +81,12 @@ def rooms(units: Sequence[Unit]) -> list[Room]:
             blocks[unit.block].append(unit)
     decoded = max((sum(u.weights for u in members) for members in blocks.values()), default=0)
     found = []
-    for arrives in ARRIVALS:
+    for arrives in SLOT_CODECS:
         of_blocks = [sum(_largest(u, arrives) for u in members) for members in blocks.values()]
         slot = max(of_blocks, default=0)
         plain = arrives[-1:] != ("zstd",)  # frames that arrive are decoded
-        found += [Room(arrives, False, SLOTS * slot)] * plain
-        found.append(Room(arrives, True, SLOTS * slot + decoded))
+        found += [DeviceReserve(arrives, False, SLOTS * slot)] * plain
+        found.append(DeviceReserve(arrives, True, SLOTS * slot + decoded))
     return sorted(found, key=lambda room: room.nbytes)
 
 
@@ -116,9 +114,9 @@ class Decider:
         self.others = others
         self.on_device = predictor.machine.device is not None
         self.tiers = [predictor.tiers(unit) for unit in self.units]
-        self.rooms: list[Room | None] = [None]  # without a device
+        self.device_reserves: list[DeviceReserve | None] = [None]  # without a device
         if self.on_device:
-            self.rooms = [*rooms(self.units)]
+            self.device_reserves = [*device_reserves(self.units)]
         self.time, self.memory = self._tables()
         self.read = self._read_nbytes()
 
@@ -147,7 +145,7 @@ class Decider:
             read[i, : len(tiers)] = [read_nbytes(self.units[i], tier) for tier in tiers]
         return read
 
-    def problem(self, budget: Budget, *, disk: bool, room: Room | None) -> Problem:
+    def problem(self, budget: Budget, *, disk: bool, room: DeviceReserve | None) -> Problem:
         """What ``solve`` takes, with or without tiers on disk, and with those that there is room for on a device."""
         time = self.time.copy()
         for i, tiers in enumerate(self.tiers):
@@ -161,7 +159,7 @@ class Decider:
         weight = np.array(list(self.mix.values()), dtype=np.float64)
         return Problem(time, self.memory, np.array([host, device], dtype=np.float64), weight)
 
-    def within(self, budget: Budget, *, quick: bool = False) -> dict[str, str]:
+    def within(self, budget: Budget, *, quick: bool = False) -> dict[str, Tier]:
         """The fastest tiers within a budget; nearly so if ``quick``.
 
         Candidates come from the model of resources that overlap wholly. Where a CPU reads from the disk they do not, and the
@@ -170,7 +168,7 @@ class Decider:
         Raises:
             BudgetError: not even the smallest fit: by how much.
         """
-        best: tuple[float, dict[str, str]] | None = None
+        best: tuple[float, dict[str, Tier]] | None = None
         total = sum(self.mix.values())
         for problem in self._problems(budget):
             if (problem.budget < 0).any():
@@ -224,7 +222,7 @@ class Decider:
     def _problems(self, budget: Budget) -> Iterator[Problem]:
         """With the tiers that a budget may call for; reads and travels cost memory even if little uses them."""
         known = {tier for tiers in self.tiers for tier in tiers}
-        for room in self.rooms:
+        for room in self.device_reserves:
             allowed = [tier for tier in known if room is None or room.allows(tier)]
             yield self.problem(budget, disk=False, room=room)
             if any(map(_is_on_disk, allowed)):
@@ -267,7 +265,7 @@ class Decider:
             f"to read into; got {budget.host}, {missing} bytes too few"
         )
 
-    def smallest_within(self, bound: float, budget: Budget) -> dict[str, str]:
+    def smallest_within(self, bound: float, budget: Budget) -> dict[str, Tier]:
         """The tiers of least memory, where the model runs, whose mean time is within a bound.
 
         Args:
@@ -297,7 +295,7 @@ class Decider:
 
     def _fast_enough(
         self, nbytes: int, bound: float, budget: Budget, *, quick: bool
-    ) -> dict[str, str] | None:
+    ) -> dict[str, Tier] | None:
         """Tiers in so much memory where the model runs that keep a bound of time, or None."""
         place = {"device": nbytes} if self.on_device else {"host": nbytes}
         try:
@@ -306,12 +304,12 @@ class Decider:
             return None
         return tiers if self.mean_s(tiers) <= bound else None
 
-    def int8(self) -> dict[str, str]:
+    def int8(self) -> dict[str, Tier]:
         """Everything as plain INT8 where the model runs."""
         place = "device" if self.on_device else "memory"
-        return {unit.name: f"{place}/raw" for unit in self.units}
+        return {unit.name: Tier(place, "raw") for unit in self.units}
 
-    def mean_s(self, tiers: Mapping[str, str]) -> float:
+    def mean_s(self, tiers: Mapping[str, Tier]) -> float:
         """Seconds of a pass of the mix on average."""
         passes = [
             weight * self.predictor.predict(self.units, tiers, tokens).pipelined_s
@@ -319,14 +317,14 @@ class Decider:
         ]
         return sum(passes) / sum(self.mix.values())
 
-    def nbytes(self, tiers: Mapping[str, str], budget: Budget) -> tuple[int, int]:
+    def nbytes(self, tiers: Mapping[str, Tier], budget: Budget) -> tuple[int, int]:
         """Bytes of weights in host and device memory: payloads, what is not compressed, room for reads and on the device."""
         host = device = 0
         for unit in self.units:
             in_host, on_device = self.predictor.memory(unit, tiers[unit.name])
             host += in_host
             device += on_device
-        places = {place_and_codec(tier)[0] for tier in tiers.values()}
+        places = {tier.place for tier in tiers.values()}
         host += budget.slots * ("disk" in places)
         if self.on_device:
             device += self.others + self._room(tiers.values())
@@ -334,12 +332,14 @@ class Decider:
             host += self.others
         return host, device
 
-    def _room(self, tiers: Collection[str]) -> int:
+    def _room(self, tiers: Collection[Tier]) -> int:
         return next(
-            room.nbytes for room in self.rooms if room is not None and all(map(room.allows, tiers))
+            room.nbytes
+            for room in self.device_reserves
+            if room is not None and all(map(room.allows, tiers))
         )
 
-    def _named(self, choice: Choice) -> dict[str, str]:
+    def _named(self, choice: Choice) -> dict[str, Tier]:
         return {unit.name: self.tiers[i][choice[i]] for i, unit in enumerate(self.units)}
 
     def _spread(self, problem: Problem, choice: Choice) -> Choice:
@@ -353,7 +353,7 @@ class Decider:
         slower = problem.seconds(spread) > problem.seconds(choice) * (1 + SPREAD_LOSES)
         return choice if slower or not problem.fits(spread) else spread
 
-    def plan(self, tiers: Mapping[str, str], budget: Budget, objective: str) -> Plan:
+    def plan(self, tiers: Mapping[str, Tier], budget: Budget, objective: str) -> Plan:
         """All that there is to say of a choice of tiers."""
         predict = self.predictor.predict
         passes, int8 = [], self.int8() if all("raw" in u.nbytes for u in self.units) else None
@@ -392,12 +392,12 @@ class Decider:
         plan.notes.extend(notes(plan))
         return plan
 
-    def _layer(self, unit: Unit, tier: str) -> PlannedLayer:
+    def _layer(self, unit: Unit, tier: Tier) -> PlannedLayer:
         taken = {tokens: self.predictor.seconds(unit, tier, tokens) for tokens in self.mix}
         return PlannedLayer(
             name=unit.name,
             tier=tier,
-            nbytes=unit.nbytes[place_and_codec(tier)[1]],
+            nbytes=unit.nbytes[tier.codec],
             seconds={tokens: float(s.max()) for tokens, s in taken.items()},
             binds={tokens: RESOURCES[int(s.argmax())] for tokens, s in taken.items()},
         )
@@ -409,8 +409,8 @@ def _largest(unit: Unit, codecs: Collection[str]) -> int:
     return max(map(unit.device_nbytes, known), default=0)
 
 
-def _is_on_disk(tier: str) -> bool:
-    return tier.startswith("disk/")
+def _is_on_disk(tier: Tier) -> bool:
+    return tier.place == "disk"
 
 
 def notes(plan: Plan) -> list[str]:
@@ -420,7 +420,7 @@ def notes(plan: Plan) -> list[str]:
     tiers = set(plan.tiers.values())
     if bound is not None and plan.int8_nbytes <= bound:
         text = "plain INT8 fits in the memory that there is"
-        is_plain = all(tier.endswith("/raw") for tier in tiers)
+        is_plain = all(tier.codec == "raw" for tier in tiers)
         text += ": nothing is compressed" if is_plain else "; what is compressed here is faster so"
         found.append(text)
     found += [

@@ -9,7 +9,7 @@ from typing import Any
 # Of a seek index (csrc/codec/seek_index.h): so much for each zstd block of at most 128 KiB of content, which never is
 # more than its weights.
 BLOCK_INDEX_NBYTES, BLOCK_WEIGHTS = 448, 128 << 10
-# Of a packed weight's index (dcext.kernels.packed_weight): tiles of 16 and of 64 rows, rows, exceptions.
+# Of a packed weight's index (dcext.weights.packed): tiles of 16 and of 64 rows, rows, exceptions.
 TILE_NBYTES, TILE_ROWS = 40, (16, 64)
 ROW_NBYTES, EXCEPTION_NBYTES = 4, 6
 PART_NBYTES = 256  # alignment of a part, in a slot as in an allocation

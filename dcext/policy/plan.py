@@ -11,6 +11,7 @@ from typing import Any
 from dcext.errors import FormatError
 from dcext.format.manifest import parse_json_object
 from dcext.format.replace import replace_file
+from dcext.policy.tier import Tier
 
 PLAN_FORMAT_VERSION = 1
 
@@ -21,8 +22,7 @@ class PlannedLayer:
 
     Attributes:
         name: of the first module that uses it.
-        tier: where it is to be, such as ``"memory/packed"`` or ``"disk/zstd"``, or with a device ``"device/packed"``,
-            ``"host/zstd"``, ``"host/zstd, decoded there"`` ..
+        tier: where it is to be, and in which codec.
         nbytes: of its payload there.
         seconds: predicted, of what it uses most, by number of tokens.
         binds: what that is, by number of tokens: ``"compute"``, ``"link"``, ``"disk"`` or ``"host"``.
@@ -30,7 +30,7 @@ class PlannedLayer:
     """
 
     name: str
-    tier: str
+    tier: Tier
     nbytes: int
     seconds: dict[int, float]
     binds: dict[int, str]
@@ -101,14 +101,14 @@ class Plan:
     notes: list[str]
 
     @property
-    def tiers(self) -> dict[str, str]:
+    def tiers(self) -> dict[str, Tier]:
         """By the name of each layer."""
         return {layer.name: layer.tier for layer in self.layers}
 
     @property
     def on_device(self) -> bool:
         """Whether the model is to run on a device."""
-        places = {tier.partition("/")[0] for tier in self.tiers.values()}
+        places = {tier.place for tier in self.tiers.values()}
         return "memory" not in places and bool(places & {"device", "host"})
 
     @property
@@ -119,7 +119,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {"format_version": PLAN_FORMAT_VERSION, **asdict(self)}
+        layers = [{**asdict(layer), "tier": str(layer.tier)} for layer in self.layers]
+        return {"format_version": PLAN_FORMAT_VERSION, **asdict(self), "layers": layers}
 
     def save(self, path: str | Path) -> None:
         """Writes the JSON file, all or nothing."""
@@ -174,14 +175,15 @@ def _layer(entry: Mapping[str, Any]) -> PlannedLayer:
     fields = dict(entry)
     for name in ("seconds", "binds", "measured_s"):
         fields[name] = {int(tokens): value for tokens, value in fields.get(name, {}).items()}
+    fields["tier"] = Tier.parse(fields["tier"])
     return PlannedLayer(**fields)
 
 
 def _check(layers: Sequence[PlannedLayer], where: str) -> None:
     names = set()
     for layer in layers:
-        if not isinstance(layer.name, str) or not isinstance(layer.tier, str):
-            raise FormatError(f"{where}: layers: expected a name and a tier, found {layer}")
+        if not isinstance(layer.name, str):
+            raise FormatError(f"{where}: layers: expected a name, found {layer}")
         if layer.name in names:
             raise FormatError(f"{where}: layers: expected each once, found {layer.name!r} again")
         names.add(layer.name)

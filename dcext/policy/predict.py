@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcext.policy.machine import Machine, Processor, Table, interpolate
+from dcext.policy.tier import HOST_DECODE, Tier
 from dcext.policy.timeline import SLOTS_NBYTES, pass_s, slots_of
 
 RESOURCES = ("compute", "link", "disk", "host")
 COMPUTE, LINK, DISK, HOST = range(len(RESOURCES))
 WAITS = 1.02  # a pass so much longer than its slowest resource waits for the disk
-HOST_DECODE = "host/zstd, decoded there"
 # A read that nobody knew of ahead: what a disk of any speed takes to begin (NVMe 0.1 ms, network disks more).
 LOOKUP_LATENCY_S = 2e-4
 Seconds = NDArray[np.float64]
@@ -170,36 +170,39 @@ class Predictor:
         """Reads that so many bytes of a layer take."""
         return -(-nbytes // slots_of(self.slots_nbytes)[1])
 
-    def tiers(self, unit: Unit) -> list[str]:
-        """Where a unit can be: ``"memory/raw"``, ``"disk/zstd"`` .., or with a device ``"device/packed"``, ``"host/zstd"`` .."""
-        on_disk = [f"disk/{unit.file_codec}"]
-        if unit.file_codec is None or self.disk is None:
-            on_disk = []
+    def tiers(self, unit: Unit) -> list[Tier]:
+        """Where a unit can be: in memory or on the disk, or with a device there, on the host or on the disk."""
+        on_disk = []
+        if unit.file_codec is not None and self.disk is not None:
+            on_disk = [Tier("disk", unit.file_codec)]
         if self.machine.device is None:
-            return [*(f"memory/{codec}" for codec in unit.nbytes), *on_disk]
-        if not unit.multiplied:  # a row is looked up where the model runs, and rests there as it is
-            return ["device/raw"]
-        resting = [f"device/{codec}" for codec in unit.nbytes]
+            return [*(Tier("memory", codec) for codec in unit.nbytes), *on_disk]
+        if (
+            not unit.multiplied
+        ):  # a row is looked up where the model runs, and is resident there as it is
+            return [Tier("device", "raw")]
+        resident = [Tier("device", codec) for codec in unit.nbytes]
         # Blocks bring their weights, and wait for them in a file.
         if unit.block is None or unit.file_codec is None:
-            return resting
-        waiting = [f"host/{codec}" for codec in unit.nbytes]
+            return resident
+        waiting = [Tier("host", codec) for codec in unit.nbytes]
         decoded = [HOST_DECODE] if "zstd" in unit.nbytes else []
-        return [*resting, *waiting, *decoded, *on_disk]
+        return [*resident, *waiting, *decoded, *on_disk]
 
-    def memory(self, unit: Unit, tier: str) -> tuple[int, int]:
+    def memory(self, unit: Unit, tier: Tier) -> tuple[int, int]:
         """Bytes of a unit in host and device memory."""
-        place, codec = place_and_codec(tier)
+        codec = tier.codec
         nbytes = unit.nbytes[codec]
-        if place == "device":
+        if tier.place == "device":
             # Rows of embeddings rest as they are, and if they do not lie in the payload that stays on the host.
             rows = unit.weights if unit.looked_up and codec != "raw" else 0
             # Outside of blocks a matrix is decoded by itself.
             decoded = unit.weights if unit.block is None and codec == "zstd" else 0
             return nbytes if rows else 0, unit.device_nbytes(codec) + rows + decoded
-        if place == "disk":
+        if tier.place == "disk":
             return unit.index_nbytes.get(codec, 0) if self.machine.device is not None else 0, 0
-        return unit.device_nbytes(codec) if tier == f"host/{codec}" else nbytes, 0
+        is_copied = tier.place == "host" and not tier.decoded_by_host
+        return unit.device_nbytes(codec) if is_copied else nbytes, 0
 
     def modelled_s(
         self, unit: Unit, codec: str, tokens: int, processor: Processor | None = None
@@ -227,9 +230,9 @@ class Predictor:
         }
         return modelled * _between(factors, tokens)
 
-    def seconds(self, unit: Unit, tier: str, tokens: int) -> Seconds:
+    def seconds(self, unit: Unit, tier: Tier, tokens: int) -> Seconds:
         """Seconds of each of ``RESOURCES``, ``(4,)``; not to be modified."""
-        codec = place_and_codec(tier)[1]
+        codec = tier.codec
         nbytes = unit.nbytes[codec], unit.device_nbytes(codec)
         key = (unit.kind, unit.panels, nbytes, tier, tokens)
         known = self._known.get(key)
@@ -237,9 +240,9 @@ class Predictor:
             known = self._known[key] = self._seconds(unit, tier, tokens)
         return known
 
-    def _seconds(self, unit: Unit, tier: str, tokens: int) -> Seconds:
+    def _seconds(self, unit: Unit, tier: Tier, tokens: int) -> Seconds:
         taken = np.zeros(len(RESOURCES))
-        place, codec = place_and_codec(tier)
+        place, codec = tier.place, tier.codec
         nbytes = unit.nbytes[codec]
         machine = self.machine
         if tier == HOST_DECODE:
@@ -274,7 +277,7 @@ class Predictor:
         known = self.observed.other_s
         return interpolate(known, tokens) if known else 0.0
 
-    def predict(self, units: Sequence[Unit], tiers: Mapping[str, str], tokens: int) -> Prediction:
+    def predict(self, units: Sequence[Unit], tiers: Mapping[str, Tier], tokens: int) -> Prediction:
         """A forward pass with each unit in its tier."""
         other = self.other_s(tokens)
         taken = np.array([self.seconds(unit, tiers[unit.name], tokens) for unit in units])
@@ -288,7 +291,7 @@ class Predictor:
         return Prediction(tokens, other, resources, pipelined)
 
     def _timeline_s(
-        self, units: Sequence[Unit], tiers: Mapping[str, str], taken: Seconds, other: float
+        self, units: Sequence[Unit], tiers: Mapping[str, Tier], taken: Seconds, other: float
     ) -> float:
         """What is not a layer is spread over all."""
         order = pass_order(units)
@@ -302,18 +305,11 @@ def pass_order(units: Sequence[Unit]) -> list[int]:
     return sorted(range(len(units)), key=lambda i: units[i].looked_up > 0)
 
 
-def read_nbytes(unit: Unit, tier: str) -> int:
+def read_nbytes(unit: Unit, tier: Tier) -> int:
     """Bytes that a pass reads of it from the disk, rows that are looked up aside."""
-    place, codec = place_and_codec(tier)
-    return unit.multiplied * unit.nbytes[codec] if place == "disk" else 0
+    return unit.multiplied * unit.nbytes[tier.codec] if tier.place == "disk" else 0
 
 
 def _between(factors: Table, tokens: int) -> float:
     """A factor at a number of tokens; beyond the ends that of the end."""
     return interpolate(factors, min(max(tokens, min(factors)), max(factors)))
-
-
-def place_and_codec(tier: str) -> tuple[str, str]:
-    """``"disk", "zstd"`` of ``"disk/zstd"``."""
-    place, _, codec = tier.partition("/")
-    return place, codec.partition(",")[0]

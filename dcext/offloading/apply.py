@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcext.nn.device import check_device
-from dcext.policy.machine import LAYER_CODECS
-from dcext.policy.plan import Plan
-from dcext.policy.predict import HOST_DECODE, place_and_codec
-from dcext.runtime.device_placement import check_device_tiers, place_on_device
-from dcext.runtime.host_stream import HostStream, StreamedWeight
-from dcext.runtime.passes import gate_of
-from dcext.runtime.placement import (
+from dcext.nn.placement import check_device
+from dcext.offloading.device import check_device_tiers, place_on_device
+from dcext.offloading.passes import gate_of
+from dcext.offloading.state import (
     OFFLOAD_ATTRIBUTE,
     Offload,
     offload_of,
     other_nbytes,
 )
-from dcext.runtime.weights import Weight, all_weights, weights_of
+from dcext.offloading.weights import Weight, all_weights, weights_of
+from dcext.policy.machine import LAYER_CODECS
+from dcext.policy.plan import Plan
+from dcext.policy.tier import HOST_DECODE, Tier
+from dcext.weights.host_stream import HostStream, StreamedWeight
 
 PLAN_ATTRIBUTE = "dcext_plan"
 BATCH_NBYTES = 64 << 20  # of payloads that are made before they are exchanged
@@ -80,7 +80,9 @@ def apply(
     else:
         moves = {weight.name: plan.tiers.get(weight.name, weight.tier) for weight in weights}
         between = gate_of(model).between_passes
-        result = retier(model, weights, moves, plan.slots_nbytes, between=between, moved=moved)
+        result = move_weights(
+            model, weights, moves, plan.slots_nbytes, between=between, moved=moved
+        )
     setattr(model, PLAN_ATTRIBUTE, plan)
     return result
 
@@ -96,26 +98,26 @@ def _check(plan: Plan, weights: list[Weight]) -> None:
     for name, tier in plan.tiers.items():
         if name not in by_name:
             raise ValueError(f"plan: {name}: expected a compressed layer of the model, found none")
-        place, codec = place_and_codec(tier)
-        is_known = (tier == HOST_DECODE and plan.on_device) or tier == f"{place}/{codec}"
+        place, codec = tier.place, tier.codec
+        is_known = not tier.decoded_by_host or (tier == HOST_DECODE and plan.on_device)
         if place not in places or codec not in LAYER_CODECS or not is_known:
             known = " or ".join(f"{place}/CODEC" for place in places)
             where = "a device" if plan.on_device else "the CPU"
             raise ValueError(
-                f"plan: {name}: expected {known} with a codec of {LAYER_CODECS}, as the model runs on {where}, found {tier!r}"
+                f"plan: {name}: expected {known} with a codec of {LAYER_CODECS}, as the model runs on {where}, found {str(tier)!r}"
             )
         found = by_name[name].file_codec
         if place == "disk" and codec != found:
             raise ValueError(
-                f"plan: {name}: {tier!r}: expected codec {codec!r} in the model's file, found "
+                f"plan: {name}: {str(tier)!r}: expected codec {codec!r} in the model's file, found "
                 f"{'no file' if found is None else repr(found)}"
             )
 
 
-def retier(
+def move_weights(
     model: nn.Module,
     weights: list[Weight],
-    tiers: Mapping[str, str],
+    tiers: Mapping[str, Tier],
     slots_nbytes: int,
     *,
     page_cache: bool | None = None,
@@ -136,13 +138,13 @@ def retier(
         moved: called with each weight that is where it shall be.
     """
     done = moved or (lambda weight: None)
-    streamed = [weight for weight in weights if tiers[weight.name].startswith("disk/")]
+    streamed = [weight for weight in weights if tiers[weight.name].place == "disk"]
     stream = _stream_for(offload_of(model), streamed, slots_nbytes, page_cache)
     try:
         if stream is not None:
             with between():
                 for unit, weight in enumerate(streamed):
-                    _leave_in_file(weight, StreamedWeight(stream, unit))
+                    _stream(weight, StreamedWeight(stream, unit))
             for weight in streamed:
                 done(weight)
         resident = [weight for weight in weights if weight not in streamed]
@@ -169,25 +171,25 @@ def _stream_for(
     return HostStream(origins, slots_nbytes, page_cache=page_cache)
 
 
-def _leave_in_file(weight: Weight, streamed: StreamedWeight) -> None:
+def _stream(weight: Weight, streamed: StreamedWeight) -> None:
     assert weight.origin is not None
-    resting = weight.module.resting
-    if isinstance(resting, StreamedWeight) and resting.stream is streamed.stream:
+    backing = weight.module.backing
+    if isinstance(backing, StreamedWeight) and backing.stream is streamed.stream:
         return
     view = weight.origin.view()
     for module in weight.modules:
-        module.rest_in_file(view, streamed)
+        module.stream_from(view, streamed)
 
 
 def _to_memory(
     between: Between,
     weights: list[Weight],
-    tiers: Mapping[str, str],
+    tiers: Mapping[str, Tier],
     progress: Progress | None,
     done: Callable[[Weight], None],
 ) -> None:
     """Recodes in batches, what shrinks first."""
-    wanted = {weight.name: place_and_codec(tiers[weight.name])[1] for weight in weights}
+    wanted = {weight.name: tiers[weight.name].codec for weight in weights}
     moving = [w for w in weights if w.tier != tiers[w.name]]
     for weight in weights:
         if weight.tier == tiers[weight.name]:
@@ -210,7 +212,7 @@ def _exchange(between: Between, batch: list[tuple[Weight, Tensor]]) -> None:
     if batch:
         with between():
             for weight, payload in batch:
-                weight.rest_in_memory(payload)
+                weight.set_payload(payload)
     batch.clear()
 
 
@@ -218,7 +220,7 @@ def _offload(model: nn.Module, weights: list[Weight], stream: HostStream | None)
     in_memory = sum(w.module.payload.nbytes for w in weights if not w.module.is_in_file)
     slots = 0 if stream is None else stream.slots_nbytes
     return Offload(
-        tiers={weight.name: place_and_codec(weight.tier)[0] for weight in weights},
+        tiers={weight.name: weight.tier.place for weight in weights},
         nbytes={weight.name: weight.module.payload.nbytes for weight in weights},
         memory_nbytes=other_nbytes(model) + in_memory + slots,
         stream=stream,

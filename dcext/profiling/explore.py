@@ -6,18 +6,16 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from dcext.offloading.weights import Weight
 from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.predict import COMPUTE, Observed, ObservedDisk, Predictor, Unit
-from dcext.runtime.observe import LayerClock
-from dcext.runtime.observe_disk import Seen, typical_of
-from dcext.runtime.weights import Weight
-
-if TYPE_CHECKING:
-    from dcext.runtime.planning import Study
+from dcext.policy.tier import Tier
+from dcext.profiling.observe import LayerClock
+from dcext.profiling.observe_disk import PassSample, typical_sample
+from dcext.profiling.study import Study
 
 CLOCKED = 3  # passes in which layers are timed, and as many between them in which they are not
 LEAST_OTHER = 0.2  # of what is not a layer, below which it is not corrected
@@ -43,7 +41,7 @@ class Exploration:
         self._clock = LayerClock(weights)
         self._layers: list[dict[str, float]] = []
         self._stalled: list[float] = []
-        self._plain: list[Seen] = []
+        self._plain: list[PassSample] = []
         self._left = 8 * CLOCKED
         self._is_clocked = True
         self._change_some(room)
@@ -53,7 +51,7 @@ class Exploration:
         """Gives one layer of each kind every codec that none has in memory, as far as there is room."""
         by_kind: dict[object, list[tuple[Weight, Unit]]] = defaultdict(list)
         for weight, unit in zip(self._weights, self._units, strict=True):
-            if weight.tier.startswith("memory/"):
+            if weight.tier.place == "memory":
                 by_kind[unit.kind].append((weight, unit))
         for members in by_kind.values():
             codecs = Counter(weight.module.codec for weight, _ in members)
@@ -65,14 +63,14 @@ class Exploration:
                     continue
                 codecs[own] -= 1
                 room -= max(taken, 0)
-                weight.rest_in_memory(weight.payload(codec))
+                weight.set_payload(weight.payload(codec))
                 members.pop()
 
     def stop(self) -> None:
         """Times no more layers."""
         self._clock.stop()
 
-    def see(self, tokens: int, seen: Seen) -> bool:
+    def see(self, tokens: int, seen: PassSample) -> bool:
         """A pass; whether that is enough."""
         self._left -= 1
         layers = self._clock.take()
@@ -90,9 +88,9 @@ class Exploration:
         return False
 
     @property
-    def plain(self) -> Seen | None:
+    def plain(self) -> PassSample | None:
         """Of passes in which no layers were timed; None where all were of other lengths."""
-        return typical_of(self._plain) if self._plain else None
+        return typical_sample(self._plain) if self._plain else None
 
     def observed(self, study: Study, old: Predictor) -> Observed:
         """What is known, corrected by what was seen.
@@ -164,7 +162,9 @@ class Exploration:
         known = replace(study, observed=replace(observed, disk=without))
         seconds = known.predictor(old.slots_nbytes).seconds
         tokens = self._tokens
-        expected = sum(float(seconds(u, f"disk/{u.file_codec}", tokens)[COMPUTE]) for u in streamed)
+        expected = sum(
+            float(seconds(u, Tier("disk", u.file_codec or ""), tokens)[COMPUTE]) for u in streamed
+        )
         waited = statistics.median(self._stalled)
         left = sum(taken[unit.name] for unit in streamed) - waited - expected
         reads = sum(u.multiplied * old.pieces(u.nbytes[u.file_codec or ""]) for u in streamed)

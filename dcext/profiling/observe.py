@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dcext.codec import encode, payload_info
-from dcext.nn.device import blocks_of
 from dcext.nn.embedding import DCEmbedding
+from dcext.nn.placement import blocks_of
+from dcext.offloading.weights import Weight
 from dcext.policy.footprint import payload_index_nbytes
 from dcext.policy.machine import LAYER_CODECS
-from dcext.policy.predict import Observed, Unit, place_and_codec
-from dcext.runtime.weights import Weight
+from dcext.policy.predict import Observed, Unit
 
 SAMPLES = 6  # units of a kind whose codecs are changed: a multiple of the codecs
 PASSES, PASSES_AT_MOST = 3, 12
@@ -189,7 +189,7 @@ def observe(
     with _restored([weights[index] for index in sampled]):
         for rotation in range(len(LAYER_CODECS)):
             for turn, index in enumerate(sampled):
-                weights[index].rest_in_memory(
+                weights[index].set_payload(
                     weights[index].payload(LAYER_CODECS[(turn + rotation) % len(LAYER_CODECS)])
                 )
             for tokens in lengths:
@@ -229,7 +229,7 @@ def _take(
         plain.append(time.perf_counter() - begin)
     medians = {name: statistics.median(taken) for name, taken in by_unit.items()}
     for weight, unit in zip(weights, units, strict=True):
-        place, codec = place_and_codec(weight.tier)
+        place, codec = weight.tier.place, weight.tier.codec
         if place == "memory" and unit.name in medians:  # a streamed layer also waits for the disk
             layers[(unit.kind, codec)][tokens].append(medians[unit.name])
     others[tokens].append(statistics.median(plain) - sum(medians.values()))
@@ -246,7 +246,7 @@ def evenly(members: Sequence[T], count: int) -> Sequence[T]:
 def _restored(weights: Sequence[Weight]) -> Iterator[None]:
     """Afterwards every weight is where it was."""
     before: list[tuple[Weight, Tensor, Any]] = [
-        (weight, weight.module.payload, weight.module.resting if weight.module.is_in_file else None)
+        (weight, weight.module.payload, weight.module.backing if weight.module.is_in_file else None)
         for weight in weights
     ]
     try:
@@ -254,10 +254,10 @@ def _restored(weights: Sequence[Weight]) -> Iterator[None]:
     finally:
         for weight, payload, streamed in before:
             if streamed is None:
-                weight.rest_in_memory(payload)
+                weight.set_payload(payload)
                 continue
             for module in weight.modules:
-                module.rest_in_file(payload, streamed)
+                module.stream_from(payload, streamed)
 
 
 def pass_times(forward: Forward, tokens: int, budget_s: float) -> Iterator[float]:

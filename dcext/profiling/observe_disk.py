@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcext.runtime.host_stream import HostStream
-from dcext.runtime.observe import Forward, evenly, pass_seconds, pass_times
-from dcext.runtime.placement import offload_of
-from dcext.runtime.retier import retier
-from dcext.runtime.weights import Weight
+from dcext.offloading.apply import move_weights
+from dcext.offloading.state import offload_of
+from dcext.offloading.weights import Weight
+from dcext.profiling.observe import Forward, evenly, pass_seconds, pass_times
+from dcext.weights.host_stream import HostStream
 
-DISK_READS_NBYTES, DISK_LOOKS = 512 << 20, 3
+DISK_READS_NBYTES, DISK_SAMPLES = 512 << 20, 3
 STREAMING_ROUNDS, STREAMING_S = 8, 1.0  # seconds of passes of each kind, in all rounds
 STALLED = 0.1  # share of a pass spent waiting from which the disk is what binds
 KEEPING_UP = 0.7  # of what the disk reads in a pass: so much, to see what reads cost who never waits for them
@@ -35,13 +35,13 @@ def observe_disk(weights: Sequence[Weight], slots_nbytes: int) -> float | None:
     stream = HostStream(origins, slots_nbytes)
     try:
         stream.read_all()
-        return statistics.median(stream.read_all() for _ in range(DISK_LOOKS)) / 1e9
+        return statistics.median(stream.read_all() for _ in range(DISK_SAMPLES)) / 1e9
     finally:
         stream.close()
 
 
 @dataclass(frozen=True)
-class Seen:
+class PassSample:
     """One pass, or several.
 
     Attributes:
@@ -67,9 +67,9 @@ class Seen:
         return self.read_nbytes / self.reading_s / 1e9 if self.reading_s > 0 else 0.0
 
 
-def typical_of(passes: Sequence[Seen]) -> Seen:
+def typical_sample(passes: Sequence[PassSample]) -> PassSample:
     """The medians of seconds and of those that were waited, the means of what was read; of at least one pass."""
-    return Seen(
+    return PassSample(
         statistics.median(seen.seconds for seen in passes),
         statistics.median(seen.stalled_s for seen in passes),
         statistics.mean(seen.read_nbytes for seen in passes),
@@ -84,11 +84,11 @@ class StreamMeter:
         self._model = model
         self._before = self._now()
 
-    def see(self, seconds: float) -> Seen:
+    def see(self, seconds: float) -> PassSample:
         """The time since the last call, or since this was made, in which passes ran for so many seconds."""
         before, self._before = self._before, self._now()
         did = [max(now - then, 0) for now, then in zip(self._before, before, strict=True)]
-        return Seen(seconds, min(did[0], seconds), *did[1:])
+        return PassSample(seconds, min(did[0], seconds), *did[1:])
 
     def _now(self) -> tuple[float, float, float]:
         offload = offload_of(self._model)
@@ -108,7 +108,7 @@ class Streaming:
     """
 
     few: list[str]
-    rounds: list[tuple[Seen, Seen, Seen]]
+    rounds: list[tuple[PassSample, PassSample, PassSample]]
 
 
 @torch.inference_mode()
@@ -138,16 +138,16 @@ def observe_streaming(
 
     def in_memory() -> None:
         for weight, payload in kept:
-            weight.rest_in_memory(payload)
+            weight.set_payload(payload)
 
-    def taken(streamed: Sequence[Weight]) -> Seen:
+    def taken(streamed: Sequence[Weight]) -> PassSample:
         in_memory()
-        tiers = before | {weight.name: f"disk/{weight.file_codec}" for weight in streamed}
-        retier(model, list(weights), tiers, slots_nbytes)
+        tiers = before | {weight.name: weight.disk_tier for weight in streamed}
+        move_weights(model, list(weights), tiers, slots_nbytes)
         forward(tokens)
         meter = StreamMeter(model)
         taken_s = pass_times(forward, tokens, STREAMING_S / STREAMING_ROUNDS)
-        return typical_of([meter.see(seconds) for seconds in taken_s])
+        return typical_sample([meter.see(seconds) for seconds in taken_s])
 
     try:
         nbytes = KEEPING_UP * pass_seconds(forward, tokens) * gbps * 1e9
@@ -157,4 +157,4 @@ def observe_streaming(
         return Streaming([weight.name for weight in few], rounds)
     finally:
         in_memory()
-        retier(model, list(weights), before, slots_nbytes)
+        move_weights(model, list(weights), before, slots_nbytes)

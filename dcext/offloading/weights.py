@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dcext.codec import decode, encode, payload_info
 from dcext.nn.compressed import CompressedModule
 from dcext.nn.embedding import DCEmbedding
-from dcext.runtime.origin import Origin, to_weight_memory
+from dcext.policy.tier import Tier
+from dcext.weights.origin import Origin, to_weight_memory
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,22 @@ class Weight:
         return None if self.origin is None else payload_info(self.origin.view())["codec"]
 
     @property
-    def tier(self) -> str:
-        """Where it is on a machine without a device: ``"memory/zstd"``, ``"disk/packed"`` .."""
-        return f"{'disk' if self.module.is_in_file else 'memory'}/{self.module.codec}"
+    def tier(self) -> Tier:
+        """Where it is on a machine without a device."""
+        return Tier("disk" if self.module.is_in_file else "memory", self.module.codec)
+
+    @property
+    def disk_tier(self) -> Tier:
+        """Where it is when it stays in its file.
+
+        Raises:
+            ValueError: it is in none.
+        """
+        if self.file_codec is None:
+            raise ValueError(
+                f"{self.name}: expected a payload from a checkpoint, got one that is not in a file"
+            )
+        return Tier("disk", self.file_codec)
 
     @property
     def is_looked_up(self) -> bool:
@@ -75,10 +89,10 @@ class Weight:
                 return self.origin.load(progress)
             return to_weight_memory(encode(self.qweight(), codec))
 
-    def rest_in_memory(self, payload: Tensor) -> None:
+    def set_payload(self, payload: Tensor) -> None:
         """Gives all modules a payload of the same integers."""
         for module in self.modules:
-            module.rest_in_memory(payload)
+            module.set_payload(payload)
 
 
 def weights_of(model: nn.Module) -> list[Weight]:

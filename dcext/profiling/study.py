@@ -1,4 +1,4 @@
-"""Plans for a loaded model: describes it, takes its times, and lets the policy decide."""
+"""What is known of a model and a machine: exact sizes, times of layers, the rate of the disk. Plans are made from it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dcext.offloading.state import LEAST_SLOTS_NBYTES, other_nbytes, slots_for
+from dcext.offloading.weights import weights_of
 from dcext.policy.decide import Budget, BudgetError, Decider
 from dcext.policy.machine import Machine, load_machine
-from dcext.policy.measure import tune
 from dcext.policy.plan import Plan
 from dcext.policy.predict import Observed, ObservedDisk, Predictor, Unit
 from dcext.policy.presets import preset
 from dcext.policy.timeline import SLOTS_NBYTES
-from dcext.runtime.budget import format_nbytes, free_memory, parse_nbytes
-from dcext.runtime.observe import Forward, Progress, describe, forward_of, observe
-from dcext.runtime.observe_disk import (
-    Seen,
+from dcext.profiling.measure import tune
+from dcext.profiling.observe import Forward, Progress, describe, forward_of, observe
+from dcext.profiling.observe_disk import (
+    PassSample,
     Streaming,
     observe_disk,
     observe_streaming,
-    typical_of,
+    typical_sample,
 )
-from dcext.runtime.placement import LEAST_SLOTS_NBYTES, other_nbytes, slots_for
-from dcext.runtime.weights import weights_of
+from dcext.sizes import format_nbytes, free_memory, parse_nbytes
 
 DEVICE = "cuda"  # that device_memory is of, on this machine
 FREE_SHARE = 0.8  # of free memory, what an automatic plan takes
@@ -199,7 +199,7 @@ def _disk_of(
     units = {unit.name: unit for unit in studied.units}
     verify_gbps = studied.machine.verify_gbps or math.inf
 
-    def cost_of_a_read(plain: Seen, few: Seen) -> float:
+    def cost_of_a_read(plain: PassSample, few: PassSample) -> float:
         reads, expected_s = 0, 0.0
         for name in streaming.few:
             unit, codec = units[name], units[name].file_codec or ""
@@ -213,7 +213,7 @@ def _disk_of(
     # The speed of a machine may change from round to round.
     read_s = statistics.median(cost_of_a_read(plain, few) for plain, few, _ in streaming.rounds)
     disk = replace(studied.observed.disk[slots_nbytes], read_s=read_s)
-    whole = typical_of([whole for _, _, whole in streaming.rounds])
+    whole = typical_sample([whole for _, _, whole in streaming.rounds])
     if whole.waits:  # as fast as it reads while someone computes
         disk = replace(disk, gbps=whole.disk_gbps)
     return disk
@@ -242,56 +242,3 @@ def _machine(machine: Machine | str | Path | None, device: str | None = None) ->
     if isinstance(machine, Machine):
         return machine
     return load_machine(machine) if Path(machine).is_file() else preset(str(machine))
-
-
-def plan(
-    model: nn.Module,
-    *,
-    host_memory: int | str | None = None,
-    device_memory: int | str | None = None,
-    slowdown: float | None = None,
-    tokens: int = 1,
-    mix: Mapping[int, float] | None = None,
-    machine: Machine | str | Path | None = None,
-    forward: Forward | None = None,
-    progress: Progress | None = None,
-) -> Plan:
-    """Chooses for each layer what to keep in memory, in which codec, and what to leave on the disk.
-
-    Codes every layer in every codec to know its exact size, runs a few passes of the model in which layers of each kind
-    have each codec, reads its files, and minimises the time that follows (``dcext.policy.predict``). Nothing is moved:
-    that is ``dcext.apply``.
-
-    Args:
-        model: a compressed model on the CPU.
-        host_memory: bytes for weights, or a size such as ``"4GiB"``; None for what is free, if there is no ``slowdown``.
-        device_memory: the same on the device of ``machine``, or on this machine's GPU, where the model is to run.
-        slowdown: least memory instead of least time: a pass may take so much longer than with plain INT8 in memory (0.05
-            is 5 %); the budgets are kept as well.
-        tokens: of a forward pass.
-        mix: how many passes there are of each number of tokens, instead: ``{1: 200, 512: 1}``.
-        machine: a machine to plan for, its JSON file, or a preset's name; None for this one, measured (``tune``), with its
-            GPU if there is ``device_memory``. Times of the model itself are taken on the CPU only.
-        forward: runs a pass of so many tokens, for models that are not language models of transformers.
-        progress: called with what is done and its share of the whole.
-
-    Returns:
-        The plan: JSON with ``Plan.save``.
-
-    Raises:
-        BudgetError: nothing fits: by how much.
-        RuntimeError: there is ``device_memory``, and neither a ``machine`` nor a GPU.
-        ValueError: an argument is not as above.
-    """
-    lengths = tuple(checked_mix(tokens, mix))
-    device = None if device_memory is None else DEVICE
-    studied = study(
-        model, lengths, machine=machine, device=device, forward=forward, progress=progress
-    )
-    return studied.plan(
-        host_memory=host_memory,
-        device_memory=device_memory,
-        slowdown=slowdown,
-        tokens=tokens,
-        mix=mix,
-    )

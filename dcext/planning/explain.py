@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from dcext.offloading.apply import apply
+from dcext.offloading.weights import weights_of
 from dcext.policy.decide import BudgetError
 from dcext.policy.plan import CurvePoint, Plan
-from dcext.runtime.observe import Forward, LayerClock, Progress, pass_seconds
-from dcext.runtime.planning import Study
-from dcext.runtime.retier import apply
-from dcext.runtime.weights import weights_of
+from dcext.profiling.observe import Forward, LayerClock, Progress, pass_seconds
+from dcext.profiling.study import Study
 
 WATCHED = 3  # passes of each length
 SHARES = [0.3 + 0.07 * i for i in range(11)]  # of plain INT8's memory

@@ -9,17 +9,17 @@ from torch import nn
 
 from dcext.codec import payload_info
 from dcext.nn.compressed import CompressedModule
-from dcext.nn.device import named_blocks
 from dcext.nn.embedding import DCEmbedding
+from dcext.nn.placement import compressed_blocks
+from dcext.offloading.weights import Weight
 from dcext.policy.decide import SLOTS
 from dcext.policy.footprint import PART_NBYTES, payload_index_nbytes
-from dcext.runtime.budget import format_nbytes
-from dcext.runtime.device_placement import DECODED_THERE
-from dcext.runtime.device_stream import READS_NBYTES
-from dcext.runtime.weights import Weight
+from dcext.policy.tier import Tier
+from dcext.sizes import format_nbytes
+from dcext.weights.device_stream import READS_NBYTES
 
 MODES = ("auto", "device", "host", "raw")
-# Host memory to read into, as in dcext.runtime.offload: so much, or a part of the budget where that is less.
+# Host memory to read into, as in dcext.offloading.offload: so much, or a part of the budget where that is less.
 LEAST_READS_NBYTES, READS_SHARE = 8 << 20, 4
 
 
@@ -51,7 +51,7 @@ class DevicePlan:
     """Which blocks rest on the device and which travel.
 
     Attributes:
-        resting, traveling: the blocks, in order.
+        backing, traveling: the blocks, in order.
         from_disk: those of ``traveling`` that stay in their files.
         reads_nbytes: host memory that they are read into.
         slot_nbytes: of the largest that travels.
@@ -59,7 +59,7 @@ class DevicePlan:
         host_nbytes: weights in host memory.
     """
 
-    resting: list[DeviceBlock]
+    backing: list[DeviceBlock]
     traveling: list[DeviceBlock]
     from_disk: list[DeviceBlock]
     reads_nbytes: int
@@ -81,7 +81,7 @@ def plan_device(
     """
     if mode not in MODES:
         raise ValueError(f"offload: mode: expected one of {MODES}, got {mode!r}")
-    blocks = [_describe(name, module, mode) for name, module in named_blocks(model).items()]
+    blocks = [_describe(name, module, mode) for name, module in compressed_blocks(model).items()]
     if not blocks:
         raise ValueError(
             "offload: model: expected decoder blocks with compressed layers, found none"
@@ -91,7 +91,7 @@ def plan_device(
     decoded = max([decoded, *(block.decoded_nbytes for block in blocks)])
     slot_nbytes = max(block.device_nbytes for block in blocks)
     total = sum(block.device_nbytes for block in blocks)
-    resting, traveling = blocks, []
+    backing, traveling = blocks, []
     if base + decoded + total > device_budget:
         room = device_budget - base - decoded - SLOTS * slot_nbytes
         if room < 0:
@@ -101,14 +101,14 @@ def plan_device(
                 f"blocks, {format_nbytes(decoded)} to decode into, {SLOTS} slots of {format_nbytes(slot_nbytes)}; "
                 f"got {device_budget}"
             )
-        resting = _spread(blocks, room, lambda block: block.device_nbytes)
-        traveling = [block for block in blocks if block not in resting]
+        backing = _spread(blocks, room, lambda block: block.device_nbytes)
+        traveling = [block for block in blocks if block not in backing]
         slot_nbytes = max(block.device_nbytes for block in traveling)
     from_disk, reads_nbytes, host = _fit_host(traveling, mode, host_budget)
-    on_device = base + decoded + sum(block.device_nbytes for block in resting)
+    on_device = base + decoded + sum(block.device_nbytes for block in backing)
     slots = SLOTS * slot_nbytes if traveling else 0
     return DevicePlan(
-        resting, traveling, from_disk, reads_nbytes, slot_nbytes, on_device + slots, host
+        backing, traveling, from_disk, reads_nbytes, slot_nbytes, on_device + slots, host
     )
 
 
@@ -143,8 +143,8 @@ def _fit_host(
     return from_disk, reads, reads + indices + kept
 
 
-def device_tiers(weights: Sequence[Weight], plan: DevicePlan, mode: str) -> dict[str, str]:
-    """What a plan of blocks is for each weight, for ``dcext.runtime.device_placement``; see ``plan_device``."""
+def device_tiers(weights: Sequence[Weight], plan: DevicePlan, mode: str) -> dict[str, Tier]:
+    """What a plan of blocks is for each weight, for ``dcext.offloading.device``; see ``plan_device``."""
     places = {id(layer): "host" for block in plan.traveling for layer in block.layers}
     places |= {id(layer): "disk" for block in plan.from_disk for layer in block.layers}
     tiers = {}
@@ -156,8 +156,8 @@ def device_tiers(weights: Sequence[Weight], plan: DevicePlan, mode: str) -> dict
             codec = str(weight.file_codec)
         if place == "host" and mode == "raw":
             codec = "raw"
-        there = DECODED_THERE if place == "host" and mode == "host" and codec != "raw" else ""
-        tiers[weight.name] = f"{place}/{codec}{there}"
+        decoded_by_host = place == "host" and mode == "host" and codec != "raw"
+        tiers[weight.name] = Tier(place, codec, decoded_by_host)
     return tiers
 
 

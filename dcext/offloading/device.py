@@ -11,17 +11,16 @@ from torch import nn
 
 from dcext import _C
 from dcext.nn.compressed import CompressedModule
-from dcext.nn.device import IndexedWeight, batch_decodes, blocks_of, named_blocks
 from dcext.nn.embedding import DCEmbedding
+from dcext.nn.placement import batch_decodes, blocks_of, compressed_blocks
+from dcext.offloading.prefetched_block import Part, PrefetchedBlock
+from dcext.offloading.state import OFFLOAD_ATTRIBUTE, Offload, other_nbytes
+from dcext.offloading.weights import Weight, all_weights
 from dcext.policy.decide import SLOTS
-from dcext.policy.predict import place_and_codec
-from dcext.runtime.device_stream import DeviceStream, FromFile, HostDecoded
-from dcext.runtime.host_stream import StreamedWeight
-from dcext.runtime.placement import OFFLOAD_ATTRIBUTE, Offload, other_nbytes
-from dcext.runtime.traveling import Part, TravelingBlock
-from dcext.runtime.weights import Weight, all_weights
-
-DECODED_THERE = ", decoded there"
+from dcext.policy.tier import Tier
+from dcext.weights.device_stream import DeviceStream, FromFile, HostDecoded
+from dcext.weights.host_stream import StreamedWeight
+from dcext.weights.indexed import IndexedWeight
 
 
 @dataclass
@@ -33,7 +32,7 @@ class _Carrier:
         waiting_nbytes: host memory of what travels.
     """
 
-    tiers: Mapping[str, str]
+    tiers: Mapping[str, Tier]
     device: torch.device
     read: Callable[[int], None]
     moved: Callable[[Weight], None]
@@ -42,16 +41,16 @@ class _Carrier:
 
     def rest(self, weight: Weight) -> None:
         """On the device."""
-        codec = place_and_codec(self.tiers[weight.name])[1]
-        if not all(_rests_on(module, codec, self.device) for module in weight.modules):
+        codec = self.tiers[weight.name].codec
+        if not all(_is_resident_on(module, codec, self.device) for module in weight.modules):
             payload = weight.payload(codec, self.read)
             for module in weight.modules:
-                module.rest_on(payload, self.device)
+                module.make_resident(payload, self.device)
         self.moved(weight)
 
     def units(
         self,
-        moving: Sequence[TravelingBlock],
+        moving: Sequence[PrefetchedBlock],
         layers: Sequence[Sequence[tuple[Weight, CompressedModule]]],
     ) -> Iterator[list[Part]]:
         """Parts of block after block, of which one at a time is in host memory twice."""
@@ -65,15 +64,14 @@ class _Carrier:
                     self.moved(weight)
 
     def _add(
-        self, traveling: TravelingBlock, weight: Weight, layer: CompressedModule
+        self, traveling: PrefetchedBlock, weight: Weight, layer: CompressedModule
     ) -> list[Part]:
         assert weight.origin is not None
         tier = self.tiers[weight.name]
-        place, codec = place_and_codec(tier)
-        if place == "disk":
+        if tier.place == "disk":
             return traveling.add_from_file(layer, weight.origin, self.device)
-        payload = weight.payload(codec, self.read)
-        return traveling.add(layer, payload, self.device, decoded=tier.endswith(DECODED_THERE))
+        payload = weight.payload(tier.codec, self.read)
+        return traveling.add(layer, payload, self.device, decoded=tier.decoded_by_host)
 
     def _count(self, weight: Weight, parts: Sequence[Part]) -> None:
         for part in parts:
@@ -90,7 +88,7 @@ class _Carrier:
 @torch.inference_mode(False)  # what is made in it could not be changed outside of it
 def place_on_device(
     model: nn.Module,
-    tiers: Mapping[str, str],
+    tiers: Mapping[str, Tier],
     device: torch.device,
     reads_nbytes: int,
     *,
@@ -119,30 +117,34 @@ def place_on_device(
         RuntimeError: dcext was built without CUDA, and something is decoded there or travels.
         ValueError: frames on the disk have matches, which a device cannot decode.
     """
-    needs_cuda = [tier for tier in tiers.values() if tier not in ("device/raw", "device/packed")]
+    needs_cuda = [
+        tier
+        for tier in tiers.values()
+        if tier not in (Tier("device", "raw"), Tier("device", "packed"))
+    ]
     if device.type == "cuda" and needs_cuda and not _C.with_cuda:
         raise RuntimeError(
             f"plan: {needs_cuda[0]}: expected a build with DCEXT_CUDA=1, got one without CUDA"
         )
     device = torch.empty(0, device=device).device  # with its number
     weights = all_weights(model)
-    _stop_travels(model)
-    traveling = [weight for weight in weights if not _rests(tiers[weight.name])]
+    _stop_prefetching(model)
+    traveling = [weight for weight in weights if not _is_resident(tiers[weight.name])]
     for weight in traveling:
         for module in weight.modules:
-            module.wait_in_file()
+            module.offload_to_file()
     carrier = _Carrier(tiers, device, read, moved)
-    resting = [weight for weight in weights if _rests(tiers[weight.name])]
-    for weight in sorted(resting, key=lambda weight: tiers[weight.name] == "device/raw"):
+    backing = [weight for weight in weights if _is_resident(tiers[weight.name])]
+    for weight in sorted(backing, key=lambda weight: tiers[weight.name] == Tier("device", "raw")):
         carrier.rest(weight)  # what makes room first
-    blocks = named_blocks(model)
+    blocks = compressed_blocks(model)
     for block in blocks.values():
         batch_decodes(block)
-    stream = _start_travels(carrier, model, blocks, traveling, reads_nbytes)
+    stream = _start_prefetching(carrier, model, blocks, traveling, reads_nbytes)
     model.to(device)
     result = Offload(
-        tiers={weight.name: place_and_codec(tiers[weight.name])[0] for weight in weights},
-        nbytes={w.name: carrier.travels.get(w.name) or _resting_nbytes(w) for w in weights},
+        tiers={weight.name: tiers[weight.name].place for weight in weights},
+        nbytes={w.name: carrier.travels.get(w.name) or _resident_nbytes(w) for w in weights},
         memory_nbytes=carrier.waiting_nbytes + _host_nbytes(weights, stream),
         device_nbytes=_device_nbytes(model, weights, stream, list(blocks.values())),
         device_stream=stream,
@@ -152,7 +154,7 @@ def place_on_device(
 
 
 def check_device_tiers(
-    model: nn.Module, weights: Sequence[Weight], tiers: Mapping[str, str]
+    model: nn.Module, weights: Sequence[Weight], tiers: Mapping[str, Tier]
 ) -> None:
     """Whether every weight has a tier, which it can have.
 
@@ -166,21 +168,21 @@ def check_device_tiers(
             raise ValueError(
                 f"plan: {name}: expected a tier of every layer, as the model moves, found none"
             )
-        if _rests(tier):
+        if _is_resident(tier):
             continue
         outside = [m for m in weight.modules if id(m) not in inside or isinstance(m, DCEmbedding)]
         if outside:
             raise ValueError(
-                f"plan: {name}: expected device/CODEC outside of decoder blocks, and for embeddings, found {tier!r}"
+                f"plan: {name}: expected device/CODEC outside of decoder blocks, and for embeddings, found {str(tier)!r}"
             )
         if weight.origin is None:
             raise ValueError(
-                f"plan: {name}: {tier!r}: expected a payload from a checkpoint, got one that is not in a file: save the "
+                f"plan: {name}: {str(tier)!r}: expected a payload from a checkpoint, got one that is not in a file: save the "
                 "model and load it with from_pretrained"
             )
 
 
-def _start_travels(
+def _start_prefetching(
     carrier: _Carrier,
     model: nn.Module,
     blocks: Mapping[str, nn.Module],
@@ -195,7 +197,7 @@ def _start_travels(
     members = {name: layers for name, layers in members.items() if layers}
     if not members:
         return None
-    moving = [TravelingBlock(blocks[name], unit) for unit, name in enumerate(members)]
+    moving = [PrefetchedBlock(blocks[name], unit) for unit, name in enumerate(members)]
     stream = DeviceStream(
         carrier.units(moving, list(members.values())),
         carrier.device,
@@ -207,32 +209,32 @@ def _start_travels(
     return stream
 
 
-def _stop_travels(model: nn.Module) -> None:
+def _stop_prefetching(model: nn.Module) -> None:
     """Gives up the memory of an earlier placement."""
     for module in model.modules():
-        if isinstance(module, CompressedModule) and module.travels_with is not None:
-            module.travels_with.stop()
+        if isinstance(module, CompressedModule) and module.prefetched_by is not None:
+            module.prefetched_by.stop()
     setattr(model, OFFLOAD_ATTRIBUTE, None)
 
 
-def _rests(tier: str) -> bool:
-    return tier.startswith("device/")
+def _is_resident(tier: Tier) -> bool:
+    return tier.place == "device"
 
 
-def _rests_on(module: CompressedModule, codec: str, device: torch.device) -> bool:
-    resting = module.resting
-    if resting is None or isinstance(resting, StreamedWeight):
+def _is_resident_on(module: CompressedModule, codec: str, device: torch.device) -> bool:
+    backing = module.backing
+    if backing is None or isinstance(backing, StreamedWeight):
         return False
-    return not module.is_in_file and module.codec == codec and resting.device == device
+    return not module.is_in_file and module.codec == codec and backing.device == device
 
 
-def _resting_nbytes(weight: Weight) -> int:
+def _resident_nbytes(weight: Weight) -> int:
     """Bytes on the device of a weight that rests there: payload, index, rows of embeddings."""
     found = {}
     for module in weight.modules:
-        resting = module.resting
-        if resting is not None and not isinstance(resting, StreamedWeight):
-            found[id(resting)] = resting.nbytes
+        backing = module.backing
+        if backing is not None and not isinstance(backing, StreamedWeight):
+            found[id(backing)] = backing.nbytes
         if isinstance(module, DCEmbedding):
             found[id(module)] = module.rows_nbytes
     return sum(found.values())
@@ -244,8 +246,8 @@ def _decoded_nbytes(layers: Iterable[nn.Module]) -> int:
         layer.num_weights
         for layer in layers
         if isinstance(layer, CompressedModule)
-        and isinstance(layer.resting, IndexedWeight)
-        and layer.resting.view is None
+        and isinstance(layer.backing, IndexedWeight)
+        and layer.backing.view is None
     )
 
 
@@ -256,12 +258,12 @@ def _device_nbytes(
     blocks: Sequence[nn.Module],
 ) -> int:
     """What is there: weights and all that is not compressed, slots, room for what is decoded together."""
-    resting = sum(_resting_nbytes(w) for w in weights if w.module.travels_with is None)
+    backing = sum(_resident_nbytes(w) for w in weights if w.module.prefetched_by is None)
     slots = 0 if stream is None else sum(slot.nbytes for slot in stream.slots)
     inside = blocks_of(model)
     together = [_decoded_nbytes(block.modules()) for block in blocks]
     together += [_decoded_nbytes([m]) for m in model.modules() if id(m) not in inside]
-    return other_nbytes(model) + resting + slots + max(together)
+    return other_nbytes(model) + backing + slots + max(together)
 
 
 def _host_nbytes(weights: Sequence[Weight], stream: DeviceStream | None) -> int:
@@ -270,7 +272,7 @@ def _host_nbytes(weights: Sequence[Weight], stream: DeviceStream | None) -> int:
         module.payload.nbytes
         for weight in weights
         for module in weight.modules
-        if isinstance(module, DCEmbedding) and module.resting is None
+        if isinstance(module, DCEmbedding) and module.backing is None
     )
     if stream is None:
         return kept

@@ -20,10 +20,10 @@ from dcext import _C
 from dcext.build import cpu_name, set_num_threads
 from dcext.codec import decode, encode, verify_payload
 from dcext.errors import FormatError
-from dcext.nn.device import check_device
+from dcext.nn.placement import check_device
 from dcext.policy.machine import LAYER_CODECS, MEASURED, Machine, Processor, load_machine
-from dcext.policy.measure_device import device_name, measure_device
-from dcext.policy.timing import timed
+from dcext.profiling.measure_device import device_name, measure_device
+from dcext.profiling.timing import timed
 
 TOKENS = (1, 4, 16, 64, 256)
 # A layer of 4 MiB, and so many copies that none is in a cache when its turn comes.

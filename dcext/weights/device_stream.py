@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dcext import _C
 from dcext.codec import payload_info
-from dcext.runtime.host_stream import HostStream
-from dcext.runtime.origin import Origin
+from dcext.weights.host_stream import HostStream
+from dcext.weights.origin import Origin
 
 READS_NBYTES = 64 << 20
 _ALIGNMENT = 256  # of parts in a slot: what kernels load at once, and more
@@ -122,7 +122,7 @@ class DeviceStream:
                 raise ValueError("DeviceStream: units: expected at least 1 part in each, got none")
             places = _places(parts)
             self._places.append(places)
-            host.append(_rest_in_host_memory(parts, places))
+            host.append(_pin_parts(parts, places))
             decoded.append([])
             disk.append([])
             for part, place in zip(parts, places, strict=True):
@@ -242,7 +242,7 @@ def _places(parts: Sequence[Tensor | HostDecoded | FromFile]) -> list[_Place]:
     return places
 
 
-def _rest_in_host_memory(
+def _pin_parts(
     parts: Sequence[Tensor | HostDecoded | FromFile], places: list[_Place]
 ) -> list[tuple[Tensor, int]]:
     """Neighbouring parts as one tensor each, laid out as in the slot, with their places there."""

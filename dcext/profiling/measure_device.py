@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dcext.codec import encode
-from dcext.nn.device import IndexedWeight, batch_decodes, decode_together
 from dcext.nn.linear import DCLinear
+from dcext.nn.placement import batch_decodes
 from dcext.policy.machine import LAYER_CODECS, Processor
-from dcext.policy.timing import Figure, timed
+from dcext.profiling.timing import Figure, timed
+from dcext.weights.indexed import IndexedWeight, decode_together
 
 TOKENS = (1, 4, 16, 64, 256, 1024)
 # Layers of 16 MiB, as many in a block as a Llama's has, and so many blocks that none is in the L2 cache when its turn comes.
@@ -29,9 +30,9 @@ class Block(nn.Module):
         super().__init__()
         layers = [DCLinear(payload, torch.ones(1)) for _ in range(LAYERS)]
         for layer in layers:
-            layer.rest_on(payload.clone(), device)
+            layer.make_resident(payload.clone(), device)
         self.layers = nn.ModuleList(layers)
-        self._weights = [layer.resting for layer in layers]
+        self._weights = [layer.backing for layer in layers]
         batch_decodes(self)
 
     def decode(self) -> None:

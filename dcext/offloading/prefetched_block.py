@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dcext.codec import decode, payload_info
 from dcext.nn.compressed import CompressedModule
-from dcext.nn.device import IndexedWeight, batch_decodes, rest_on
-from dcext.runtime.device_stream import DeviceStream, FromFile, HostDecoded
-from dcext.runtime.origin import Origin
-
-if TYPE_CHECKING:
-    from dcext.kernels.packed_weight import PackedWeight
+from dcext.nn.placement import batch_decodes
+from dcext.weights.device_stream import DeviceStream, FromFile, HostDecoded
+from dcext.weights.indexed import IndexedWeight
+from dcext.weights.origin import Origin
+from dcext.weights.packed import PackedWeight
+from dcext.weights.resident import make_resident
 
 _CPU = torch.device("cpu")
 _EMPTY = torch.empty(0, dtype=torch.uint8)
@@ -27,7 +27,7 @@ Part = Tensor | HostDecoded | FromFile
 Rebuild = Callable[[list[Tensor]], "IndexedWeight | PackedWeight"]
 
 
-def travel_parts(
+def device_parts(
     payload: Tensor, device: torch.device, *, decoded: bool
 ) -> tuple[list[Part], Rebuild]:
     """What of a weight travels, and what becomes of it there.
@@ -43,7 +43,7 @@ def travel_parts(
     if codec == "raw":
         qweight = decode(payload, verify=False)
         return [qweight], lambda views: IndexedWeight.dense(views[0], device)
-    weight = rest_on(payload, _CPU)
+    weight = make_resident(payload, _CPU)
     if isinstance(weight, IndexedWeight):
         return _indexed_parts(weight, device)
     return _packed_parts(weight)
@@ -56,7 +56,7 @@ def file_parts(origin: Origin, device: torch.device) -> tuple[list[Part], Rebuil
         FormatError: it is damaged.
         ValueError: its frames have matches, which a device cannot decode.
     """
-    weight = rest_on(origin.view(), _CPU)
+    weight = make_resident(origin.view(), _CPU)
     if isinstance(weight, IndexedWeight):
         if weight.codec == "raw" and weight.view is not None:
             begin = payload_info(weight.payload)["chunks"][0]["offset"]
@@ -106,7 +106,7 @@ def _packed_parts(weight: PackedWeight) -> tuple[list[Part], Rebuild]:
     return [tensor.reshape(-1).view(torch.uint8) for tensor in tensors], rebuild
 
 
-class TravelingBlock:
+class PrefetchedBlock:
     """A block and its unit of a stream: fetched when the block is called, given back when its slot is read no more.
 
     Other layers of the block may rest on the device.
@@ -125,15 +125,15 @@ class TravelingBlock:
         self._layers: list[tuple[CompressedModule, str, slice, Rebuild]] = []
         self._hooks: list[Any] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TravelingBlock:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrefetchedBlock:
         return copy.copy(self)
 
     def add(
         self, layer: CompressedModule, payload: Tensor, device: torch.device, *, decoded: bool
     ) -> list[Part]:
-        """Adds a layer of the block, see ``travel_parts``; returns its parts."""
+        """Adds a layer of the block, see ``device_parts``; returns its parts."""
         codec = payload_info(payload)["codec"]
-        return self._add(layer, codec, *travel_parts(payload, device, decoded=decoded))
+        return self._add(layer, codec, *device_parts(payload, device, decoded=decoded))
 
     def add_from_file(
         self, layer: CompressedModule, origin: Origin, device: torch.device
@@ -163,7 +163,7 @@ class TravelingBlock:
         for layer, codec, places, rebuild in self._layers:
             weight = rebuild(views[places])
             weights.append(weight)
-            layer.travel(weight, codec, self)
+            layer.prefetch_with(self, weight, codec)
         # Frames are decoded at the beginning, by one launch; what is multiplied in the slot stays until the end.
         decoded_first = all(
             isinstance(weight, IndexedWeight) and weight.view is None for weight in weights
@@ -180,7 +180,7 @@ class TravelingBlock:
             hook.remove()
         self._hooks = []
         for layer, *_ in self._layers:
-            layer.wait_in_file()
+            layer.offload_to_file()
         self.stream = None
 
     def _fetch(self, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -7,19 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from dcext.nn.device import check_device
-from dcext.runtime.budget import format_nbytes, parse_nbytes
-from dcext.runtime.device_offload import device_tiers, plan_device
-from dcext.runtime.device_placement import place_on_device
-from dcext.runtime.placement import (
+from dcext.nn.placement import check_device
+from dcext.offloading.apply import move_weights
+from dcext.offloading.device import place_on_device
+from dcext.offloading.device_budget import device_tiers, plan_device
+from dcext.offloading.state import (
     LEAST_SLOTS_NBYTES,
     OFFLOAD_ATTRIBUTE,
     Offload,
     other_nbytes,
     slots_for,
 )
-from dcext.runtime.retier import retier
-from dcext.runtime.weights import Weight, weights_of
+from dcext.offloading.weights import Weight, weights_of
+from dcext.policy.tier import Tier
+from dcext.sizes import format_nbytes, parse_nbytes
 
 
 def offload(
@@ -97,10 +98,10 @@ def _offload_to_device(
         read=progress,
         moved=lambda weight: None,
     )
-    tiers = {block.name: "device" for block in plan.resting}
+    tiers = {block.name: "device" for block in plan.backing}
     tiers |= {block.name: "host" for block in plan.traveling}
     tiers |= {block.name: "disk" for block in plan.from_disk}
-    nbytes = {block.name: block.device_nbytes for block in [*plan.resting, *plan.traveling]}
+    nbytes = {block.name: block.device_nbytes for block in [*plan.backing, *plan.traveling]}
     return Offload(
         tiers=tiers,
         nbytes=nbytes,
@@ -129,10 +130,12 @@ def _offload_to_disk(
             )
         resident = _choose_resident(weights, room)
     tiers = {
-        weight.name: f"{'memory' if weight.name in resident else 'disk'}/{weight.file_codec}"
+        weight.name: Tier("memory" if weight.name in resident else "disk", weight.disk_tier.codec)
         for weight in weights
     }
-    return retier(model, weights, tiers, slots_nbytes, page_cache=page_cache, progress=progress)
+    return move_weights(
+        model, weights, tiers, slots_nbytes, page_cache=page_cache, progress=progress
+    )
 
 
 def _weights(model: nn.Module) -> list[Weight]:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcext.format.replace import replace_file
-from dcext.plots import DPI, check_plot, new_figure
+from dcext.plots.figure import check_plot, new_figure, save_figure
 from dcext.policy.plan import CurvePoint, Plan, count_tokens
-from dcext.policy.predict import Predictor, Unit, place_and_codec
+from dcext.policy.predict import Predictor, Unit
 
 TERMINAL = "-"  # instead of a file
 TERMINAL_SIZE = (100, 26)
@@ -45,7 +44,7 @@ def roofline_points(predictor: Predictor, units: Sequence[Unit], plan: Plan) -> 
     found: dict[tuple[object, ...], RooflinePoint] = {}
     for layer in plan.layers:
         unit = by_name[layer.name]
-        codec = place_and_codec(layer.tier)[1]
+        codec = layer.tier.codec
         for each in plan.passes:
             key = (unit.kind, layer.tier, each.tokens)
             if key in found or unit.looked_up or count[unit.kind] == 1:
@@ -101,7 +100,7 @@ def plot_plan(
 
     Raises:
         RuntimeError: matplotlib, or plotext, is missing.
-        ValueError, FileNotFoundError: as ``dcext.plots.check_plot``.
+        ValueError, FileNotFoundError: as ``dcext.plots.figure.check_plot``.
     """
     points = roofline_points(predictor, units, plan)
     if str(path) == TERMINAL:
@@ -110,7 +109,7 @@ def plot_plan(
     figure = new_figure(1, 2)
     _draw_roofline(figure.add_subplot(1, 2, 1), predictor, points)
     _draw_curve(figure.add_subplot(1, 2, 2), plan, curve)
-    replace_file(Path(path), lambda file: figure.savefig(file, format="png", dpi=DPI))
+    save_figure(figure, path)
     return None
 
 

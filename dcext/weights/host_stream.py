@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dcext import _C
-from dcext.runtime.origin import Origin
+from dcext.weights.origin import Origin
 
 
 @dataclass(frozen=True)

@@ -14,29 +14,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcext.offloading.apply import apply
+from dcext.offloading.passes import gate_of
+from dcext.offloading.weights import weights_of
 from dcext.policy.decide import BudgetError
 from dcext.policy.machine import Machine
 from dcext.policy.plan import count_tokens
 from dcext.policy.predict import Observed, ObservedDisk, Prediction
-from dcext.runtime.explore import Exploration
-from dcext.runtime.observe import Forward, Progress
-from dcext.runtime.observe_disk import Seen, StreamMeter, typical_of
-from dcext.runtime.passes import gate_of
-from dcext.runtime.planning import Study, checked_mix, study
-from dcext.runtime.retier import apply
-from dcext.runtime.weights import weights_of
+from dcext.profiling.explore import Exploration
+from dcext.profiling.observe import Forward, Progress
+from dcext.profiling.observe_disk import PassSample, StreamMeter, typical_sample
+from dcext.profiling.study import Study, checked_mix, study
 
 DRIFT = 1.15  # a pass that takes so much longer or shorter than predicted calls for another look
-PATIENCE = 3  # such passes one after the other
+DRIFTING_PASSES = 3  # such passes one after the other
 # Passes after a look, in which there is no other for the same cause; so many times as many after each that moved nothing:
 # a machine whose speed wavers is not looked at for ever. For large drifts one such look is forgiven.
-REST, TIRED, LARGE_DRIFT = 6, 4, 1.5
-SETTLING = 14  # passes after a look, in which a disk may be faster than it is: while layers were moved nobody read
+COOLDOWN, BACKOFF, LARGE_DRIFT = 6, 4, 1.5
+SETTLING_PASSES = 14  # passes after a look, in which a disk may be faster than it is: while layers were moved nobody read
 GAIN = 0.03  # of the time of a pass, for which layers are moved
 
 
 @dataclass(frozen=True)
-class Look:
+class Replan:
     """One time that the plan was looked at again.
 
     Attributes:
@@ -87,10 +87,10 @@ class Adapter:
         self._first_disk = dict(studied.observed.disk)
         self._options = dict(options)
         self._weights = weights_of(model)
-        self.looks: list[Look] = []
+        self.replans: list[Replan] = []
         self.passes = 0
         self._unmoved = dict.fromkeys(("threads", "compute", "disk"), 0)
-        self._looked = dict.fromkeys(self._unmoved, -REST)
+        self._looked = dict.fromkeys(self._unmoved, -COOLDOWN)
         self._busy = threading.Lock()
         self._threads = torch.get_num_threads()  # that were known of when layers were last timed
         self.plan = studied.plan(**self._options)
@@ -109,7 +109,9 @@ class Adapter:
         """After a look: what is predicted now, and nothing seen of it yet."""
         self._predictor = self._study.predictor(self.plan.slots_nbytes)
         self._predicted: dict[int, Prediction] = {}
-        self._seen: dict[int, deque[Seen]] = defaultdict(lambda: deque(maxlen=PATIENCE))
+        self._seen: dict[int, deque[PassSample]] = defaultdict(
+            lambda: deque(maxlen=DRIFTING_PASSES)
+        )
         self._drifted = 0
         self._exploration: Exploration | None = None
         self._why = ("", "")  # cause and reason of the exploration
@@ -134,11 +136,11 @@ class Adapter:
         drifts = self._drifts(tokens)
         due = [cause for cause, drift in drifts.items() if self._is_due(cause, drift)]
         self._drifted = self._drifted + 1 if due else 0
-        if self._drifted < PATIENCE:
+        if self._drifted < DRIFTING_PASSES:
             return
         cause, reason = due[0], drifts[due[0]].reason
         if cause == "disk":
-            recent = typical_of(self._seen[tokens])
+            recent = typical_sample(self._seen[tokens])
             self._look(cause, reason, self._with_disk_of(self._study.observed, recent))
             return
         room = math.inf
@@ -151,9 +153,9 @@ class Adapter:
 
     def _is_due(self, cause: str, drift: Drift) -> bool:
         forgiven = int(drift.factor > LARGE_DRIFT)
-        rest = REST * TIRED ** max(self._unmoved[cause] - forgiven, 0)
+        rest = COOLDOWN * BACKOFF ** max(self._unmoved[cause] - forgiven, 0)
         if cause == "disk" and drift.faster:
-            rest = max(rest, SETTLING)
+            rest = max(rest, SETTLING_PASSES)
         return self.passes >= self._looked[cause] + rest
 
     def _prediction(self, tokens: int) -> Prediction:
@@ -170,8 +172,8 @@ class Adapter:
             reason = f"{threads} threads instead of {self._threads}"
             found["threads"] = Drift(math.inf, reason)
         recent = self._seen[tokens]
-        if len(recent) == PATIENCE:
-            typical, predicted = typical_of(recent), self._prediction(tokens)
+        if len(recent) == DRIFTING_PASSES:
+            typical, predicted = typical_sample(recent), self._prediction(tokens)
             ratio = typical.seconds / predicted.pipelined_s
             reason = f"passes of {count_tokens(tokens)} take {ratio:.2f} times as long as predicted"
             if max(ratio, 1 / ratio) > DRIFT:
@@ -188,7 +190,7 @@ class Adapter:
         plain = exploration.plain
         return self._with_disk_of(found, plain) if plain is not None and plain.waits else found
 
-    def _with_disk_of(self, observed: Observed, seen: Seen) -> Observed:
+    def _with_disk_of(self, observed: Observed, seen: PassSample) -> Observed:
         """What is known, with the rate of the disk at which it was read."""
         slots, rate = self.plan.slots_nbytes, seen.disk_gbps
         if rate == 0:
@@ -224,7 +226,9 @@ class Adapter:
             self.plan = found
         apply(self._model, self.plan)  # also ends the exploration
         seconds = time.perf_counter() - begin
-        self.looks.append(Look(self.passes, cause, reason, before_s, found.seconds, moved, seconds))
+        self.replans.append(
+            Replan(self.passes, cause, reason, before_s, found.seconds, moved, seconds)
+        )
         self._unmoved[cause] = 0 if moved else self._unmoved[cause] + 1
         self._looked[cause] = self.passes
         self._begin_anew()

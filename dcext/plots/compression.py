@@ -10,10 +10,9 @@ from typing import Any
 
 from dcext.analyze import LayerAnalysis, ModelAnalysis
 from dcext.format.replace import replace_file
+from dcext.plots.figure import check_plot, new_figure
 from dcext.quantize.report import CompressionReport
 
-DPI = 120
-PANEL_INCHES = (6.5, 4.2)
 MARKERS = "osD^vPX<>"  # nine, beside ten colours: ninety kinds can be told apart
 
 
@@ -33,27 +32,6 @@ class Panel:
 
     label: str
     series: dict[str, tuple[str, list[Point]]]
-
-
-def check_plot(path: str | Path) -> None:
-    """Tells before any work whether a figure can be written.
-
-    Args:
-        path: of the PNG file; it may exist.
-
-    Raises:
-        ValueError: its name does not end in ``.png``.
-        FileNotFoundError: its folder does not exist.
-        RuntimeError: matplotlib is missing; names the extra that brings it.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(
-            f"{path}: expected a name ending in .png, got {path.suffix or 'no suffix'}"
-        )
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path}: expected a folder {path.parent}, found none")
-    new_figure(1, 1)
 
 
 def plot_analysis(analysis: ModelAnalysis, path: str | Path) -> None:
@@ -159,7 +137,9 @@ def _draw(panels: list[Panel], columns: int, path: str | Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     by_kind = dict(zip(labels, handles, strict=True))
     figure.legend(by_kind.values(), by_kind.keys(), loc="outside right upper", fontsize=8)
-    replace_file(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
+    replace_file(
+        Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=figure.DPI)
+    )
 
 
 def _draw_panel(axis: Any, panel: Panel, kinds: list[str]) -> None:
@@ -195,18 +175,3 @@ def _means(points: Iterable[Point]) -> list[tuple[int, float]]:
         (depth, sum(p.value * p.count for p in group) / sum(p.count for p in group))
         for depth, group in sorted(groups.items())
     ]
-
-
-def new_figure(rows: int, columns: int) -> Any:
-    """A figure of the Agg canvas, apart from pyplot's global state."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError(
-            f"plots: expected matplotlib, found none ({error}): pip install 'dcext[plot]'"
-        ) from error
-    width, height = PANEL_INCHES
-    figure = Figure(figsize=(width * columns + 1.5, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

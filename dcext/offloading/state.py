@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dcext.nn.compressed import CompressedModule
 from dcext.policy.timeline import SLOTS_NBYTES
-from dcext.runtime.budget import format_nbytes
-from dcext.runtime.device_stream import DeviceStream
-from dcext.runtime.host_stream import HostStream, StreamStatistics
+from dcext.sizes import format_nbytes
+from dcext.weights.device_stream import DeviceStream
+from dcext.weights.host_stream import HostStream, StreamStatistics
 
 OFFLOAD_ATTRIBUTE = "dcext_offload"
 LEAST_SLOTS_NBYTES = 2 << 20  # four reads of 512 KiB: as fast where layers are small and lie apart

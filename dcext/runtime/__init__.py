@@ -1,1 +1,0 @@
-"""Weights that rest elsewhere than where they are used, and how they travel."""
