@@ -276,6 +276,20 @@ def test_errors_are_one_line(folders, arguments, message):
     assert not (folders / "x").exists()
 
 
+def test_damaged_weights_are_one_line(folders, tmp_path):
+    """Cut short, as a download that was interrupted; transformers' own error is no OSError."""
+    shutil.copytree(folders / "float", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 5000)
+    for memory in ("--no-low-memory", "--low-memory"):
+        command = ("compress", tmp_path / "cut", "-o", tmp_path / "out", "--recipe", "int8", memory)
+        error = run(*command, code=1).stderr.strip()
+        assert "Traceback" not in error
+        assert error.splitlines()[-1].startswith("error: ")
+        assert "safetensors" in error.splitlines()[-1]
+        assert not (tmp_path / "out").exists()
+
+
 def test_usage_errors():
     assert "Missing option" in run("compress", "model", code=2).stderr
     for command in (
