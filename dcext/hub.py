@@ -33,9 +33,10 @@ def load_float_model(
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without a model.
         ImportError: the tokenizer needs a package that is not installed.
-        ValueError: a folder that dcext wrote: it is compressed already.
+        ValueError: a folder that dcext wrote: it is compressed already; or weights that are damaged.
         OSError: a hub name that cannot be had; the message is transformers' own.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig
 
     source, arguments = _locate(str(model))
@@ -43,7 +44,13 @@ def load_float_model(
     config = AutoConfig.from_pretrained(source, **arguments)
     if dtype != "auto" or "gguf_file" not in arguments:
         arguments["dtype"] = dtype
-    return _class_of(config).from_pretrained(source, **arguments).eval(), tokenizer
+    try:
+        loaded = _class_of(config).from_pretrained(source, **arguments)
+    except SafetensorError as error:  # a plain Exception that names no file
+        raise ValueError(
+            f"{source}: weights: expected whole safetensors files, got one that cannot be read: {error}"
+        ) from None
+    return loaded.eval(), tokenizer
 
 
 def _class_of(config: Any) -> Any:

@@ -20,6 +20,7 @@ from dcext.calibrate.resume import remove_resume_folder
 from dcext.calibrate.sensitivity import measure_sensitivity
 from dcext.calibrate.source import BlockSource
 from dcext.compress import compressed_modules
+from dcext.format import CheckpointReader
 from dcext.hub import load_lazy_model
 from dcext.quantize.output_moment import diagonal
 from dcext.quantize.report import CompressionReport
@@ -122,6 +123,69 @@ def test_targets_as_ratio_and_as_size(recipe):
     nbytes += sum(p.nbytes for p in by_size.parameters())
     nbytes += sum(b.nbytes for name, b in by_size.named_buffers() if name.endswith(".bias"))
     assert nbytes == pytest.approx(420_000, rel=0.005)
+
+
+def small_gpt2() -> nn.Module:
+    """Its blocks hold no ``nn.Linear``: ``lm_head``, tied to the embedding, is the only one."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=128, n_layer=2, n_head=4, vocab_size=256)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("recipe", ["rate", "paper", "data-free"])
+def test_a_tied_head_is_no_block_and_is_stored_once(tmp_path, recipe):
+    settings = dcext.CompressionConfig(recipe=recipe)
+    ids = None if recipe == "data-free" else calibration()
+    model = dcext.compress_(small_gpt2(), settings, ids)
+    assert {row.name for row in model.dcext_report.layers if row.recipe == recipe} == {
+        f"transformer.h.{i}.{name}"
+        for i in (0, 1)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    dcext.save_pretrained(model, tmp_path / "out")
+    stored = [name for name in CheckpointReader(tmp_path / "out").names() if "payload" in name]
+    assert len([name for name in stored if "lm_head" in name or "wte" in name]) == 1
+    for each in (model, dcext.from_pretrained(tmp_path / "out")):
+        assert each.lm_head.payload is each.transformer.wte.payload
+
+
+def small_t5() -> nn.Module:
+    config = transformers.T5Config(
+        d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, vocab_size=256
+    )
+    config.decoder_start_token_id = 0
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def small_bart(kind: str = "Bart") -> nn.Module:
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "vocab_size": 256, "d_model": 128}
+    sizes |= {f"{half}_attention_heads": 4 for half in ("encoder", "decoder")}
+    sizes |= {f"{half}_ffn_dim": 256 for half in ("encoder", "decoder")}
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes, max_position_embeddings=64, pad_token_id=0, eos_token_id=1
+    )
+    config.decoder_start_token_id = 0
+    model_class = {"Bart": "BartForConditionalGeneration", "Marian": "MarianMTModel"}[kind]
+    return getattr(transformers, model_class)(config).eval()
+
+
+@pytest.mark.parametrize("recipe", ["rate", "data-free"])
+@pytest.mark.parametrize(
+    "make", [small_t5, small_bart, lambda: small_bart("Marian")], ids=["t5", "bart", "marian"]
+)
+def test_one_target_over_encoder_and_decoder(make, recipe):
+    torch.manual_seed(0)
+    ids = calibration(16) if recipe == "rate" else None
+    report = dcext.compress_(make(), config(recipe=recipe, target_bits=4.5), ids).dcext_report
+    assert report.bits_per_weight(recipe) == pytest.approx(4.5, rel=0.02)
+    coded = [row for row in report.layers if row.recipe == recipe]
+    assert len(coded) == 32  # two blocks of 6 in the encoder, two of 10 in the decoder
+    assert all(row.fallback is None for row in coded)
+    encoder = [row for row in coded if "encoder." in row.name]
+    assert len(encoder) == 12
+    if recipe == "data-free":  # evenly; rate gives bits to where they are worth most
+        mean = sum(row.bits_per_weight for row in encoder) / len(encoder)
+        assert mean == pytest.approx(4.5, rel=0.05)
 
 
 def test_rate_survives_saving(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,6 +276,20 @@ def test_errors_are_one_line(folders, arguments, message):
     assert not (folders / "x").exists()
 
 
+def test_damaged_weights_are_one_line(folders, tmp_path):
+    """Cut short, as a download that was interrupted; transformers' own error is no OSError."""
+    shutil.copytree(folders / "float", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 5000)
+    for memory in ("--no-low-memory", "--low-memory"):
+        command = ("compress", tmp_path / "cut", "-o", tmp_path / "out", "--recipe", "int8", memory)
+        error = run(*command, code=1).stderr.strip()
+        assert "Traceback" not in error
+        assert error.splitlines()[-1].startswith("error: ")
+        assert "safetensors" in error.splitlines()[-1]
+        assert not (tmp_path / "out").exists()
+
+
 def test_usage_errors():
     assert "Missing option" in run("compress", "model", code=2).stderr
     for command in (
@@ -356,10 +371,17 @@ def test_names_are_left_out_and_the_coverage_is_told(folders, tmp_path):
     assert "exclude: expected a regular expression" in error.stderr
 
 
-@pytest.fixture(scope="module")
-def marian(tmp_path_factory):
+# As transformers writes it, and as it is on the hub, where only the configuration tells the class.
+TOKENIZER_CONFIGS = {
+    "saved": '{"tokenizer_class": "MarianTokenizer"}',
+    "hub": '{"source_lang": "en", "target_lang": "de"}',
+}
+
+
+@pytest.fixture(params=list(TOKENIZER_CONFIGS))
+def marian(request, tmp_path, monkeypatch):
     """A model whose tokenizer cannot be loaded: its package is hidden."""
-    folder = tmp_path_factory.mktemp("marian") / "float"
+    folder = tmp_path / "float"
     config = transformers.MarianConfig(
         d_model=64,
         encoder_layers=2,
@@ -377,15 +399,21 @@ def marian(tmp_path_factory):
     transformers.MarianMTModel(config).save_pretrained(folder)
     (folder / "source.spm").write_bytes(b"\0")
     (folder / "vocab.json").write_text("{}")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "MarianTokenizer"}')
-    hidden = tmp_path_factory.mktemp("hidden")
-    (hidden / "sitecustomize.py").write_text("import sys; sys.modules['sentencepiece'] = None\n")
-    return folder, hidden
+    (folder / "tokenizer_config.json").write_text(TOKENIZER_CONFIGS[request.param])
+    hide("sentencepiece", tmp_path / "hidden", monkeypatch)
+    return folder
 
 
-def test_a_tokenizer_that_is_not_needed_is_no_problem(marian, tmp_path, monkeypatch):
-    folder, hidden = marian
-    monkeypatch.setenv("PYTHONPATH", str(hidden))
+def hide(package: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets processes that are started from here not find a package."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"import sys; sys.modules[{package!r}] = None\n")
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+
+def test_a_tokenizer_that_is_not_needed_is_no_problem(marian, tmp_path):
+    folder = marian
     out = tmp_path / "out"
     told = run("compress", folder, "-o", out, "--recipe", "data-free", "--bits", "5").stderr
     assert "pip install sentencepiece" in told
@@ -405,15 +433,22 @@ def test_a_tokenizer_that_is_not_needed_is_no_problem(marian, tmp_path, monkeypa
     assert mean["encoder"] == pytest.approx(mean["decoder"], rel=0.05)  # one target over both
 
 
-def test_a_tokenizer_that_is_needed_and_missing_is_one_line(marian, tmp_path, monkeypatch):
-    folder, hidden = marian
-    monkeypatch.setenv("PYTHONPATH", str(hidden))
+def test_a_tokenizer_that_is_needed_and_missing_is_one_line(marian, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    command = ("compress", folder, "-o", tmp_path / "out", "--calibration", tmp_path / "text.txt")
-    error = run(*command, code=1).stderr.strip().splitlines()
-    assert "pip install sentencepiece" in error[-1]
-    assert len(error[-1]) < 300
+    command = ("compress", marian, "-o", tmp_path / "out", "--calibration", tmp_path / "text.txt")
+    (error,) = run(*command, code=1).stderr.strip().splitlines()
+    assert error.startswith("error: ImportError: ")
+    assert "pip install sentencepiece" in error
+    assert len(error) < 300
     assert not (tmp_path / "out").exists()
+
+
+def test_a_package_that_is_missing_is_one_line(folders, tmp_path, monkeypatch):
+    hide("transformers", tmp_path / "hidden", monkeypatch)
+    command = ("compress", folders / "float", "-o", tmp_path / "out", "--recipe", "int8")
+    (error,) = run(*command, code=1).stderr.strip().splitlines()
+    assert error.startswith("error: ModuleNotFoundError: ")
+    assert "transformers" in error
 
 
 LIMITED = """

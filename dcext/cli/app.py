@@ -36,7 +36,7 @@ def main() -> None:
     """Runs the command line. Errors are one line on stderr and exit code 1; ``DCEXT_TRACEBACK=1`` shows all of it."""
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("DCEXT_TRACEBACK") == "1":
             raise
         console = Console(stderr=True)
