@@ -1,4 +1,4 @@
-"""The extension module (csrc/bindings.cpp). Public functions wrap these; see there for contracts."""
+"""The extension module (csrc/torch/bindings.cpp). Public functions wrap these; see there for contracts."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -27,7 +27,7 @@ SLOT_NBYTES, SMALL_SLOT_NBYTES = 2 << 20, 512 << 10
 
 
 def slots_of(nbytes: int) -> tuple[int, int]:
-    """How many reads a stream has memory for, and their bytes: ``slot_nbytes_of`` in ``csrc/ops_stream.cpp``."""
+    """How many reads a stream has memory for, and their bytes: ``slot_nbytes_of`` in ``csrc/torch/ops_stream.cpp``."""
     small = min(SMALL_SLOT_NBYTES, nbytes // FEW_SLOTS)
     slot_nbytes = min(SLOT_NBYTES, max(nbytes // SLOTS, small))
     return nbytes // slot_nbytes, slot_nbytes

@@ -1,12 +1,12 @@
 #include <torch/library.h>
 
-#include "ops_common.h"
-#include "ops_device_stream.h"
-#include "ops_gradient.h"
-#include "ops_layers.h"
-#include "ops_quantize.h"
-#include "ops_seek.h"
-#include "ops_stream.h"
+#include "torch/ops_common.h"
+#include "torch/ops_device_stream.h"
+#include "torch/ops_gradient.h"
+#include "torch/ops_layers.h"
+#include "torch/ops_quantize.h"
+#include "torch/ops_seek.h"
+#include "torch/ops_stream.h"
 
 namespace dcext {
 namespace {

@@ -1,4 +1,4 @@
-#include "ops_common.h"
+#include "torch/ops_common.h"
 
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>

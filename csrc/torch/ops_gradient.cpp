@@ -1,4 +1,4 @@
-#include "ops_gradient.h"
+#include "torch/ops_gradient.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
@@ -7,9 +7,9 @@
 
 #include <algorithm>
 
-#include "ops_common.h"
 #include "runtime/dequantize.h"
-#include "torch_executor.h"
+#include "torch/ops_common.h"
+#include "torch/torch_executor.h"
 
 namespace dcext {
 namespace {

@@ -11,9 +11,9 @@
 #include "cuda/decode_indexed.h"
 #include "cuda/dequantize_epilogue.h"
 #include "cuda/quantize_activations.h"
-#include "ops_common.h"
-#include "ops_device_stream.h"
-#include "ops_seek.h"
+#include "torch/ops_common.h"
+#include "torch/ops_device_stream.h"
+#include "torch/ops_seek.h"
 
 namespace dcext {
 namespace {

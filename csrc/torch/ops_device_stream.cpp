@@ -1,12 +1,12 @@
-#include "ops_device_stream.h"
+#include "torch/ops_device_stream.h"
 
 #include <mutex>
 #include <unordered_map>
 
 #include "base/fork_safe.h"
-#include "ops_common.h"
 #include "runtime/host_link.h"
 #include "runtime/thread_pool.h"
+#include "torch/ops_common.h"
 #ifdef DCEXT_WITH_CUDA
 #include "cuda/cuda_link.h"
 #endif

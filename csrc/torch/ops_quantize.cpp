@@ -1,8 +1,8 @@
-#include "ops_quantize.h"
+#include "torch/ops_quantize.h"
 
-#include "ops_common.h"
 #include "quantize/round_columns.h"
-#include "torch_executor.h"
+#include "torch/ops_common.h"
+#include "torch/torch_executor.h"
 
 namespace dcext {
 namespace {

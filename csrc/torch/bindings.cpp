@@ -7,13 +7,13 @@
 #define ZSTD_STATIC_LINKING_ONLY
 #include <zstd.h>
 
-#include "ops_common.h"
-#include "ops_device_stream.h"
-#include "ops_seek.h"
-#include "ops_stream.h"
 #include "policy/anneal.h"
 #include "policy/timeline.h"
 #include "runtime/thread_pool.h"
+#include "torch/ops_common.h"
+#include "torch/ops_device_stream.h"
+#include "torch/ops_seek.h"
+#include "torch/ops_stream.h"
 
 namespace py = pybind11;
 

@@ -1,10 +1,10 @@
-#include "ops_layers.h"
+#include "torch/ops_layers.h"
 
 #include <ATen/ops/empty.h>
 
-#include "ops_common.h"
 #include "runtime/layers.h"
-#include "torch_executor.h"
+#include "torch/ops_common.h"
+#include "torch/torch_executor.h"
 
 namespace dcext {
 namespace {

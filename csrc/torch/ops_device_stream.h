@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "ops_stream.h"
 #include "runtime/device_stream.h"
+#include "torch/ops_stream.h"
 
 namespace dcext {
 

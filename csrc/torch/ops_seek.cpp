@@ -1,13 +1,13 @@
-#include "ops_seek.h"
+#include "torch/ops_seek.h"
 
 #include <ATen/ops/empty.h>
 
 #include <atomic>
 
 #include "codec/seek_index.h"
-#include "ops_common.h"
 #include "runtime/thread_pool.h"
-#include "torch_executor.h"
+#include "torch/ops_common.h"
+#include "torch/torch_executor.h"
 
 namespace dcext {
 

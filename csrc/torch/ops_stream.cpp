@@ -1,4 +1,4 @@
-#include "ops_stream.h"
+#include "torch/ops_stream.h"
 
 #include <c10/util/Exception.h>
 
@@ -6,10 +6,10 @@
 #include <mutex>
 
 #include "base/fork_safe.h"
-#include "ops_common.h"
-#include "ops_gradient.h"
-#include "ops_layers.h"
 #include "runtime/memory.h"
+#include "torch/ops_common.h"
+#include "torch/ops_gradient.h"
+#include "torch/ops_layers.h"
 
 namespace dcext {
 namespace {
