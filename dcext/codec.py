@@ -20,7 +20,7 @@ def encode(
     Args:
         qweight: ``(out_features, in_features)`` int8 on the CPU, any values, at least one element. Not modified.
         codec: ``"raw"`` (8 bits each), ``"zstd"`` (entropy-coded), ``"packed"`` (codes of fixed width, multiplied as
-            they rest), or ``"auto"``: raw or zstd, what a sample favours.
+            they lie), or ``"auto"``: raw or zstd, what a sample favours.
         level: for ``"zstd"``: None codes literals only, the best choice for weights, which have no repeats; 1 to 22
             are Zstandard's own levels, for matrices with real repeats.
         slab_cols: columns of a tile; None for all, so that rows lie in one piece. Smaller slabs let a tensor-parallel

@@ -13,7 +13,7 @@ operator                        computes
 ``encode``                      the payload of a ``qweight``
 ``decode_out``                  a rectangle of ``qweight``, written into ``out``
 ``decode_indexed_``             whole matrices by their seek indices, all in one launch; also on CUDA
-``fetch_``, ``fetched_``        begin and end of the use of a unit that travels to its slot; also on CUDA
+``fetch_``, ``fetched_``        begin and end of the use of a unit that is copied to its slot; also on CUDA
 ``quantize_activations``        int8 tokens and their scales, as ``linear`` quantizes them; also on CUDA
 ``dequantize``                  ``acc * row_scale * act_scale[:, None] + bias``, the end of ``linear``; also on CUDA
 ``int8_linear``                 ``linear`` of plain int8 weights, on CUDA; of ``dcext.kernels.int8_gemm``

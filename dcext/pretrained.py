@@ -213,10 +213,10 @@ def from_pretrained(
     Args:
         directory: the folder, or a name on the Hugging Face hub.
         dtype: what to compute in; None for the dtype of the model that was compressed.
-        device: where the weights rest, compressed, and the model runs (``dcext.nn.place``).
+        device: where the weights are resident, compressed, and the model runs (``dcext.nn.place``).
         host_memory: bytes for weights, or a size such as ``"4GiB"``; None for as much as they need.
         device_memory: the same on the device.
-        mode: with ``device_memory``, how weights travel: ``"auto"``, ``"device"``, ``"host"`` or ``"raw"``.
+        mode: with ``device_memory``, how weights are copied there: ``"auto"``, ``"device"``, ``"host"`` or ``"raw"``.
         plan: where each layer is to be, from ``dcext.plan``, instead of the budgets; for the CPU or for ``device``.
         page_cache: with ``host_memory`` on the CPU, whether the system may also keep files in memory that is not counted.
         progress: called with the number of bytes loaded since the last call.

@@ -130,7 +130,7 @@ def test_some_blocks_rest(folders):
     everything = plan_device(model, "device", 1 << 40, None)
     budget = (least(folder, "device") + everything.device_nbytes) // 2
     plan = plan_device(model, "device", budget, None)
-    assert plan.backing or everything.device_nbytes <= budget
+    assert plan.resident or everything.device_nbytes <= budget
     assert plan.device_nbytes <= budget
     for mode in ("device", "raw"):
         with pytest.raises(ValueError, match="host_memory: expected at least"):

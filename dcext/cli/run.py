@@ -36,7 +36,7 @@ DeviceMemoryOption = Annotated[
 ModeOption = Annotated[
     str,
     typer.Option(
-        help="With --device-memory, how weights travel: device (decoded there), host (decoded on the way), raw, auto."
+        help="With --device-memory, how weights are copied there: device (and decoded there), host (decoded on the way), raw, auto."
     ),
 ]
 PlanOption = Annotated[

@@ -8,7 +8,7 @@ one panel, whose width is the same for all its threads, and TOKENS tokens, and w
 a time. Weights are the left operand of the tensor cores, so that few tokens fill them. In small tiles each warp takes
 other columns (SPLITS), to be added up in the end.
 
-Codes are loaded as they rest, in vectors of 16 bytes: of each block and piece, GROUPS runs of 64 bytes. The eight words
+Codes are loaded as they are stored, in vectors of 16 bytes: of each block and piece, GROUPS runs of 64 bytes. The eight words
 that ``packed_lookup`` makes of four pieces are 32 consecutive columns of a row, so that reshape and permute only name
 what the registers hold already.
 

@@ -2,7 +2,7 @@
 
 A look-up in memory is a load for each weight, of which a multiprocessor starts at most 32 per clock: on an H100 (132 of
 them, 1.7 GHz) 7.2e12 per second, where its HBM (3.35 TB/s) delivers 6.7e12 codes of 4 bits. ``prmt`` takes four bytes out
-of eight at once, so that four weights from a table of 16 cost three of them, and the table rests in four registers.
+of eight at once, so that four weights from a table of 16 cost three of them, and the table stays in four registers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drop-in modules whose weights rest compressed."""
+"""Drop-in modules whose weights are stored compressed."""
 
 from dcext.nn.embedding import DCEmbedding
 from dcext.nn.linear import DCLinear

@@ -357,7 +357,7 @@ class CompressedModule(nn.Module):
         self._is_in_file = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles rest in memory and know of no file; modules that share a payload still do.
+        # Copies and pickles are in host memory and know of no file; modules that share a payload still do.
         state = self.__dict__.copy()
         if self._is_in_file:
             own = self._payload_in_memory()
@@ -421,7 +421,7 @@ class CompressedModule(nn.Module):
         return copied if torch.equal(copied, payload) else to_weight_memory(payload)
 
     def extra_repr(self) -> str:
-        """Shape, codec, size and where the weights rest."""
+        """Shape, codec, size, and where the weights are."""
         place = "disk" if self.is_in_file else self.payload.device.type
         place = "host" if self.prefetched_by is not None else place
         tier = f"{place}/{self.codec}"

@@ -1,4 +1,4 @@
-"""Convolutions whose INT8 weights rest compressed."""
+"""Convolutions whose INT8 weights are stored compressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An embedding whose INT8 rows rest compressed."""
+"""An embedding whose INT8 rows are stored compressed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dcext.weights.indexed import IndexedWeight
 class DCEmbedding(CompressedModule, nn.Embedding):
     """A frozen ``nn.Embedding``: looks rows up, decoding each panel that is touched once per call.
 
-    On a GPU its rows rest as plain INT8, since frames are decoded by the 128 KiB and a token needs one row.
+    On a GPU its rows are resident as plain INT8, since frames are decoded by the 128 KiB and a token needs one row.
     ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` concern training: they keep the values that do nothing.
     """
 

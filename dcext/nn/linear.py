@@ -1,4 +1,4 @@
-"""A linear layer whose INT8 weights rest compressed."""
+"""A linear layer whose INT8 weights are stored compressed."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _BATCHED = "_dcext_decodes_together"
 def batch_decodes(block: nn.Module) -> None:
     """Has the weights of a decoder block decoded in one launch whenever it is called, and dropped behind it.
 
-    One matrix of a small model does not fill a GPU; seven do. Costs memory for all of them at a time. Modules that rest
+    One matrix of a small model does not fill a GPU; seven do. Costs memory for all of them at a time. Modules that are
     on the CPU, or need no decoding, are left alone. A second call for the same block changes nothing.
     """
     if getattr(block, _BATCHED, False):

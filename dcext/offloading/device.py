@@ -1,4 +1,4 @@
-"""Takes the weights of a model to a device: each rests there, or waits elsewhere for its decoder block to be called."""
+"""Takes the weights of a model to a device: each is resident there, or copied there ahead of the calls of its block."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class _Carrier:
     """One placement under way.
 
     Attributes:
-        travels: bytes that each weight copies to the device.
-        waiting_nbytes: host memory of what travels.
+        copied_nbytes: bytes of each weight that are copied to the device for a call.
+        waiting_nbytes: host memory of what is copied.
     """
 
     tiers: Mapping[str, Tier]
     device: torch.device
     read: Callable[[int], None]
     moved: Callable[[Weight], None]
-    travels: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    copied_nbytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     waiting_nbytes: int = 0
 
-    def rest(self, weight: Weight) -> None:
-        """On the device."""
+    def make_resident(self, weight: Weight) -> None:
+        """Keeps a weight on the device."""
         codec = self.tiers[weight.name].codec
         if not all(_is_resident_on(module, codec, self.device) for module in weight.modules):
             payload = weight.payload(codec, self.read)
@@ -54,34 +54,34 @@ class _Carrier:
         layers: Sequence[Sequence[tuple[Weight, CompressedModule]]],
     ) -> Iterator[list[Part]]:
         """Parts of block after block, of which one at a time is in host memory twice."""
-        for traveling, members in zip(moving, layers, strict=True):
+        for prefetched, members in zip(moving, layers, strict=True):
             for weight, layer in members:
-                self._count(weight, self._add(traveling, weight, layer))
+                self._count(weight, self._add(prefetched, weight, layer))
                 layer.move_all_but_payload(self.device)
-            yield traveling.take_parts()
+            yield prefetched.take_parts()
             for weight, layer in members:
                 if layer is weight.module:
                     self.moved(weight)
 
     def _add(
-        self, traveling: PrefetchedBlock, weight: Weight, layer: CompressedModule
+        self, prefetched: PrefetchedBlock, weight: Weight, layer: CompressedModule
     ) -> list[Part]:
         assert weight.origin is not None
         tier = self.tiers[weight.name]
         if tier.place == "disk":
-            return traveling.add_from_file(layer, weight.origin, self.device)
+            return prefetched.add_from_file(layer, weight.origin, self.device)
         payload = weight.payload(tier.codec, self.read)
-        return traveling.add(layer, payload, self.device, decoded=tier.decoded_by_host)
+        return prefetched.add(layer, payload, self.device, decoded=tier.decoded_by_host)
 
     def _count(self, weight: Weight, parts: Sequence[Part]) -> None:
         for part in parts:
             if isinstance(part, FromFile):
-                self.travels[weight.name] += part.origin.nbytes
+                self.copied_nbytes[weight.name] += part.origin.nbytes
             elif isinstance(part, HostDecoded):
-                self.travels[weight.name] += weight.module.num_weights
+                self.copied_nbytes[weight.name] += weight.module.num_weights
                 self.waiting_nbytes += part.payload.nbytes
             else:
-                self.travels[weight.name] += part.nbytes
+                self.copied_nbytes[weight.name] += part.nbytes
                 self.waiting_nbytes += part.nbytes
 
 
@@ -114,7 +114,7 @@ def place_on_device(
 
     Raises:
         FormatError: a file is damaged.
-        RuntimeError: dcext was built without CUDA, and something is decoded there or travels.
+        RuntimeError: dcext was built without CUDA, and something is decoded there or copied there.
         ValueError: frames on the disk have matches, which a device cannot decode.
     """
     needs_cuda = [
@@ -129,22 +129,22 @@ def place_on_device(
     device = torch.empty(0, device=device).device  # with its number
     weights = all_weights(model)
     _stop_prefetching(model)
-    traveling = [weight for weight in weights if not _is_resident(tiers[weight.name])]
-    for weight in traveling:
+    prefetched = [weight for weight in weights if not _is_resident(tiers[weight.name])]
+    for weight in prefetched:
         for module in weight.modules:
             module.offload_to_file()
     carrier = _Carrier(tiers, device, read, moved)
-    backing = [weight for weight in weights if _is_resident(tiers[weight.name])]
-    for weight in sorted(backing, key=lambda weight: tiers[weight.name] == Tier("device", "raw")):
-        carrier.rest(weight)  # what makes room first
+    resident = [weight for weight in weights if _is_resident(tiers[weight.name])]
+    for weight in sorted(resident, key=lambda weight: tiers[weight.name] == Tier("device", "raw")):
+        carrier.make_resident(weight)  # what makes room first
     blocks = compressed_blocks(model)
     for block in blocks.values():
         batch_decodes(block)
-    stream = _start_prefetching(carrier, model, blocks, traveling, reads_nbytes)
+    stream = _start_prefetching(carrier, model, blocks, prefetched, reads_nbytes)
     model.to(device)
     result = Offload(
         tiers={weight.name: tiers[weight.name].place for weight in weights},
-        nbytes={w.name: carrier.travels.get(w.name) or _resident_nbytes(w) for w in weights},
+        nbytes={w.name: carrier.copied_nbytes.get(w.name) or _resident_nbytes(w) for w in weights},
         memory_nbytes=carrier.waiting_nbytes + _host_nbytes(weights, stream),
         device_nbytes=_device_nbytes(model, weights, stream, list(blocks.values())),
         device_stream=stream,
@@ -186,12 +186,12 @@ def _start_prefetching(
     carrier: _Carrier,
     model: nn.Module,
     blocks: Mapping[str, nn.Module],
-    traveling: Sequence[Weight],
+    prefetched: Sequence[Weight],
     reads_nbytes: int,
 ) -> DeviceStream | None:
     block_of = blocks_of(model)
     members: dict[str, list[tuple[Weight, CompressedModule]]] = {name: [] for name in blocks}
-    for weight in traveling:
+    for weight in prefetched:
         for module in weight.modules:
             members[block_of[id(module)]].append((weight, module))
     members = {name: layers for name, layers in members.items() if layers}
@@ -229,7 +229,7 @@ def _is_resident_on(module: CompressedModule, codec: str, device: torch.device) 
 
 
 def _resident_nbytes(weight: Weight) -> int:
-    """Bytes on the device of a weight that rests there: payload, index, rows of embeddings."""
+    """Bytes on the device of a weight that is resident there: payload, index, rows of embeddings."""
     found = {}
     for module in weight.modules:
         backing = module.backing
@@ -258,16 +258,16 @@ def _device_nbytes(
     blocks: Sequence[nn.Module],
 ) -> int:
     """What is there: weights and all that is not compressed, slots, room for what is decoded together."""
-    backing = sum(_resident_nbytes(w) for w in weights if w.module.prefetched_by is None)
+    resident = sum(_resident_nbytes(w) for w in weights if w.module.prefetched_by is None)
     slots = 0 if stream is None else sum(slot.nbytes for slot in stream.slots)
     inside = blocks_of(model)
     together = [_decoded_nbytes(block.modules()) for block in blocks]
     together += [_decoded_nbytes([m]) for m in model.modules() if id(m) not in inside]
-    return other_nbytes(model) + backing + slots + max(together)
+    return other_nbytes(model) + resident + slots + max(together)
 
 
 def _host_nbytes(weights: Sequence[Weight], stream: DeviceStream | None) -> int:
-    """Payloads that stay on the host as rows of theirs rest decoded; buffers on the way."""
+    """Payloads that stay on the host as rows of theirs are resident decoded; buffers on the way."""
     kept = sum(
         module.payload.nbytes
         for weight in weights

@@ -1,4 +1,4 @@
-"""Models that are larger than a device: some decoder blocks rest there, the others travel there when they are called."""
+"""Models that are larger than a device: some blocks are resident there, the others are copied there ahead of their calls."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class DeviceBlock:
         name: in the model.
         module: the block.
         layers: its compressed layers.
-        device_nbytes: on the device while it rests or travels; an upper bound.
-        host_nbytes: in host memory if it travels from there.
-        index_nbytes: in host memory if it travels from disk.
+        device_nbytes: on the device whether it is resident or copied there; an upper bound.
+        host_nbytes: in host memory if it is copied from there.
+        index_nbytes: in host memory if it is copied from the disk.
         decoded_nbytes: of matrices that are decoded when it is called.
     """
 
@@ -48,19 +48,19 @@ class DeviceBlock:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """Which blocks rest on the device and which travel.
+    """Which blocks are resident on the device, and which are copied there ahead of their calls.
 
     Attributes:
-        backing, traveling: the blocks, in order.
-        from_disk: those of ``traveling`` that stay in their files.
+        resident, prefetched: the blocks, in order.
+        from_disk: those of ``prefetched`` that stay in their files.
         reads_nbytes: host memory that they are read into.
-        slot_nbytes: of the largest that travels.
+        slot_nbytes: of the largest that is copied.
         device_nbytes: weights and slots on the device, and room to decode.
         host_nbytes: weights in host memory.
     """
 
-    backing: list[DeviceBlock]
-    traveling: list[DeviceBlock]
+    resident: list[DeviceBlock]
+    prefetched: list[DeviceBlock]
     from_disk: list[DeviceBlock]
     reads_nbytes: int
     slot_nbytes: int
@@ -71,9 +71,9 @@ class DevicePlan:
 def plan_device(
     model: nn.Module, mode: str, device_budget: int, host_budget: int | None
 ) -> DevicePlan:
-    """Fits a model into budgets: as many blocks rest on the device as fit there, evenly spread.
+    """Fits a model into budgets: as many blocks are resident on the device as fit there, evenly spread.
 
-    Everything outside of blocks rests on the device. Traveling blocks wait in host memory, as far as that is enough; the
+    Everything outside of blocks is resident on the device. The others wait in host memory, as far as that is enough; the
     others stay on disk, but for their indices.
 
     Raises:
@@ -91,7 +91,7 @@ def plan_device(
     decoded = max([decoded, *(block.decoded_nbytes for block in blocks)])
     slot_nbytes = max(block.device_nbytes for block in blocks)
     total = sum(block.device_nbytes for block in blocks)
-    backing, traveling = blocks, []
+    resident, prefetched = blocks, []
     if base + decoded + total > device_budget:
         room = device_budget - base - decoded - SLOTS * slot_nbytes
         if room < 0:
@@ -101,14 +101,14 @@ def plan_device(
                 f"blocks, {format_nbytes(decoded)} to decode into, {SLOTS} slots of {format_nbytes(slot_nbytes)}; "
                 f"got {device_budget}"
             )
-        backing = _spread(blocks, room, lambda block: block.device_nbytes)
-        traveling = [block for block in blocks if block not in backing]
-        slot_nbytes = max(block.device_nbytes for block in traveling)
-    from_disk, reads_nbytes, host = _fit_host(traveling, mode, host_budget)
-    on_device = base + decoded + sum(block.device_nbytes for block in backing)
-    slots = SLOTS * slot_nbytes if traveling else 0
+        resident = _spread(blocks, room, lambda block: block.device_nbytes)
+        prefetched = [block for block in blocks if block not in resident]
+        slot_nbytes = max(block.device_nbytes for block in prefetched)
+    from_disk, reads_nbytes, host = _fit_host(prefetched, mode, host_budget)
+    on_device = base + decoded + sum(block.device_nbytes for block in resident)
+    slots = SLOTS * slot_nbytes if prefetched else 0
     return DevicePlan(
-        backing, traveling, from_disk, reads_nbytes, slot_nbytes, on_device + slots, host
+        resident, prefetched, from_disk, reads_nbytes, slot_nbytes, on_device + slots, host
     )
 
 
@@ -117,10 +117,10 @@ def _fits(host_nbytes: int, budget: int) -> bool:
 
 
 def _fit_host(
-    traveling: list[DeviceBlock], mode: str, budget: int | None
+    prefetched: list[DeviceBlock], mode: str, budget: int | None
 ) -> tuple[list[DeviceBlock], int, int]:
     """Which blocks stay on disk, the memory to read them into, and what host memory takes in all."""
-    host = sum(block.host_nbytes for block in traveling)
+    host = sum(block.host_nbytes for block in prefetched)
     if budget is None or _fits(host, budget):
         return [], 0, host
     if mode in ("host", "raw"):
@@ -129,7 +129,7 @@ def _fit_host(
             f"mode {mode!r} reads nothing from disk, got {budget}"
         )
     reads = min(READS_NBYTES, max(LEAST_READS_NBYTES, budget // READS_SHARE))
-    indices = sum(block.index_nbytes for block in traveling)
+    indices = sum(block.index_nbytes for block in prefetched)
     room = budget - reads - indices
     if room < 0:
         least = LEAST_READS_NBYTES + indices
@@ -137,15 +137,15 @@ def _fit_host(
             f"host_memory: expected at least {least} bytes ({format_nbytes(least)}) to read into and for what says where "
             f"weights begin, got {budget}"
         )
-    in_memory = _spread(traveling, room, lambda block: block.host_nbytes - block.index_nbytes)
-    from_disk = [block for block in traveling if block not in in_memory]
+    in_memory = _spread(prefetched, room, lambda block: block.host_nbytes - block.index_nbytes)
+    from_disk = [block for block in prefetched if block not in in_memory]
     kept = sum(block.host_nbytes - block.index_nbytes for block in in_memory)
     return from_disk, reads, reads + indices + kept
 
 
 def device_tiers(weights: Sequence[Weight], plan: DevicePlan, mode: str) -> dict[str, Tier]:
     """What a plan of blocks is for each weight, for ``dcext.offloading.device``; see ``plan_device``."""
-    places = {id(layer): "host" for block in plan.traveling for layer in block.layers}
+    places = {id(layer): "host" for block in plan.prefetched for layer in block.layers}
     places |= {id(layer): "disk" for block in plan.from_disk for layer in block.layers}
     tiers = {}
     for weight in weights:
@@ -195,7 +195,7 @@ def _outside_nbytes(model: nn.Module, inside: set[int]) -> tuple[int, int]:
         if not isinstance(module, CompressedModule) or id(module) in inside:
             continue
         if isinstance(module, DCEmbedding):
-            nbytes += module.num_weights  # rows rest as they are
+            nbytes += module.num_weights  # rows are resident as they are
             continue
         nbytes += _stored_nbytes(module)
         decoded = max(decoded, module.num_weights if module.codec == "zstd" else 0)

@@ -48,9 +48,9 @@ def offload(
         model: from ``dcext.from_pretrained``, on the CPU.
         host_memory: for weights, bytes or ``"4GiB"``: compressed or not, and room for reads. The cache of past tokens
             and activations come on top.
-        device_memory: for weights on the device, slots for what travels and room to decode; likewise.
+        device_memory: for weights on the device, slots for what is copied and room to decode: bytes or ``"4GiB"``.
         device: with ``device_memory``, where the model runs.
-        mode: with ``device_memory``, how weights travel: ``"device"``, as they are stored, to be decoded there; ``"host"``,
+        mode: with ``device_memory``, how weights are copied there: ``"device"``, as they are stored, to be decoded there; ``"host"``,
             decoded by the host on their way; ``"raw"``, decoded once and copied as INT8; ``"auto"``: ``"device"``.
         page_cache: with ``host_memory`` alone, whether the system may also keep pages of the files in memory that is not
             counted here.
@@ -98,10 +98,10 @@ def _offload_to_device(
         read=progress,
         moved=lambda weight: None,
     )
-    tiers = {block.name: "device" for block in plan.backing}
-    tiers |= {block.name: "host" for block in plan.traveling}
+    tiers = {block.name: "device" for block in plan.resident}
+    tiers |= {block.name: "host" for block in plan.prefetched}
     tiers |= {block.name: "disk" for block in plan.from_disk}
-    nbytes = {block.name: block.device_nbytes for block in [*plan.backing, *plan.traveling]}
+    nbytes = {block.name: block.device_nbytes for block in [*plan.resident, *plan.prefetched]}
     return Offload(
         tiers=tiers,
         nbytes=nbytes,

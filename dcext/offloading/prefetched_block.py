@@ -1,4 +1,4 @@
-"""Decoder blocks whose weights travel to a device whenever the block is called."""
+"""Blocks whose weights are copied to a device ahead of their calls."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Rebuild = Callable[[list[Tensor]], "IndexedWeight | PackedWeight"]
 def device_parts(
     payload: Tensor, device: torch.device, *, decoded: bool
 ) -> tuple[list[Part], Rebuild]:
-    """What of a weight travels, and what becomes of it there.
+    """What of a weight is copied, and what becomes of it on the device.
 
     Args:
-        payload: verified, on the CPU. Codec raw travels as the matrix, others with their index.
-        device: where it travels to.
+        payload: verified, on the CPU. Codec raw is copied as the matrix, others with their index.
+        device: where it is copied to.
         decoded: whether the host decodes it on its way.
     """
     codec = payload_info(payload)["codec"]
@@ -50,7 +50,7 @@ def device_parts(
 
 
 def file_parts(origin: Origin, device: torch.device) -> tuple[list[Part], Rebuild]:
-    """The same for a payload that stays in its file: what is not its bytes rests in host memory.
+    """``device_parts`` of a payload that stays in its file: only its index is in host memory.
 
     Raises:
         FormatError: it is damaged.
@@ -81,7 +81,7 @@ def _indexed_parts(weight: IndexedWeight, device: torch.device) -> tuple[list[Pa
     if weight.index is None:  # its frames have matches
         return [weight.qweight()], lambda views: IndexedWeight.dense(views[0], device)
     parts: list[Part] = [weight.payload, weight.index]
-    # What rebuilds it stays, and must not keep what was copied to memory that travels.
+    # What rebuilds it stays, and must not keep what was copied to pinned memory.
     shell = weight.moved(_EMPTY, _EMPTY, _CPU)
     return parts, lambda views: shell.moved(views[0], views[1], device)
 
@@ -109,7 +109,7 @@ def _packed_parts(weight: PackedWeight) -> tuple[list[Part], Rebuild]:
 class PrefetchedBlock:
     """A block and its unit of a stream: fetched when the block is called, given back when its slot is read no more.
 
-    Other layers of the block may rest on the device.
+    Other layers of the block may be resident on the device.
 
     Attributes:
         in_use: whether the weights are in the slot for those who enqueue work now.
@@ -175,7 +175,7 @@ class PrefetchedBlock:
         self._hooks.append(self.block.register_forward_hook(self._give_back, always_call=True))
 
     def stop(self) -> None:
-        """Takes the hooks away; the layers that travel wait in their files then."""
+        """Takes the hooks away; the layers are offloaded to their files then."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -24,9 +24,9 @@ class DeviceStatistics:
 
     Attributes:
         copied_nbytes: bytes copied to the device.
-        blocks: calls of blocks that travel.
-        hits: of those, calls whose weights were there or on their way.
-        late: of those, on their way still.
+        blocks: calls of blocks whose weights are copied.
+        hits: calls whose weights were on the device or on their way.
+        late: calls whose weights were still on their way.
         stall_s: seconds that the host spent in asking for weights.
     """
 
@@ -54,11 +54,11 @@ class Offload:
     Attributes:
         tiers: ``"memory"`` or ``"disk"`` for each payload, by the name of its module; on a device ``"device"``, ``"host"`` or
             ``"disk"``. After ``offload`` with ``device_memory`` of each decoder block instead; the rest is on the device.
-        nbytes: bytes of each; of what travels to a device, those that are copied.
+        nbytes: bytes of each; of weights on the host, those that are copied to the device.
         memory_nbytes: bytes of weights in host memory: payloads, all that is not compressed, and room for reads.
         device_nbytes: bytes of weights on the device, slots and room to decode; 0 without one.
         stream: None where nothing is read from files.
-        device_stream: None where nothing travels to a device.
+        device_stream: None where nothing is copied to a device.
     """
 
     tiers: dict[str, str]
@@ -90,7 +90,7 @@ class Offload:
         return None if self.stream is None else self.stream.statistics()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # copies and pickles of a model rest in memory
+        return type(None), ()  # copies and pickles of a model are in host memory
 
     def __str__(self) -> str:
         away, place = self._away(), "memory"

@@ -110,7 +110,7 @@ def weights_of(model: nn.Module) -> list[Weight]:
 
 
 def all_weights(model: nn.Module) -> list[Weight]:
-    """The same of a model that may be on a device.
+    """All payloads of a model, which may be on a device, in the order of the modules that use them.
 
     Raises:
         ValueError: none is compressed.

@@ -254,13 +254,13 @@ def adapt(
 
     Args:
         model: a compressed model on the CPU.
-        host_memory: as all that follow, as for ``dcext.plan``.
-        slowdown: likewise.
-        tokens: likewise.
-        mix: likewise.
-        machine: likewise.
-        forward: likewise.
-        progress: likewise.
+        host_memory: bytes for weights or a size such as ``"4GiB"``, as for ``dcext.plan``.
+        slowdown: share by which a pass may take longer than with plain INT8, as for ``dcext.plan``.
+        tokens: of a pass, as for ``dcext.plan``.
+        mix: passes by their tokens, as for ``dcext.plan``.
+        machine: to plan for, without a device; None for this one, measured.
+        forward: runs a pass of so many tokens, for models that are not language models of transformers.
+        progress: called with what is done and its share of the planning.
 
     Raises:
         BudgetError, ValueError: as ``dcext.plan``.

@@ -1,1 +1,1 @@
-"""Decides where each weight rests and how it is stored, from what a machine was measured to do."""
+"""Decides where each weight is kept and how it is stored, from what a machine was measured to do."""

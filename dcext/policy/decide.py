@@ -24,7 +24,7 @@ from dcext.policy.timeline import Integers, anneal
 
 FINE = 0.005  # of memory, for a bound of time
 SPREAD_LOSES = 1e-3  # relative time that an even order may cost
-GAINS = 1e-3  # relative time that travels, and reads from the disk, must save
+GAINS = 1e-3  # relative time that copies to a device, and reads from the disk, must save
 SLOWER_DISK = 1.4  # so many times as slow, to find candidates that read less
 STEPS, QUICK_STEPS = 150_000, 50_000  # of annealing, for each unit; of some nanoseconds each
 SLOTS = 2  # on a device: one is filled while the other is used
@@ -52,7 +52,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class DeviceReserve:
-    """Bytes on a device for what does not rest there.
+    """Bytes on a device for what is not resident there.
 
     Attributes:
         arrives: codecs in which units may arrive in slots.
@@ -74,7 +74,7 @@ class DeviceReserve:
 
 
 def device_reserves(units: Sequence[Unit]) -> list[DeviceReserve]:
-    """What a device may need besides the units that rest there, smallest first."""
+    """What a device may need besides the units that are resident there, smallest first."""
     blocks: dict[str, list[Unit]] = defaultdict(list)
     for unit in units:
         if unit.block is not None:
@@ -220,7 +220,7 @@ class Decider:
         return found
 
     def _problems(self, budget: Budget) -> Iterator[Problem]:
-        """With the tiers that a budget may call for; reads and travels cost memory even if little uses them."""
+        """With the tiers that a budget may call for; reads and copies cost memory even if little uses them."""
         known = {tier for tiers in self.tiers for tier in tiers}
         for room in self.device_reserves:
             allowed = [tier for tier in known if room is None or room.allows(tier)]

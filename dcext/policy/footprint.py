@@ -24,7 +24,7 @@ def index_nbytes(codec: str, rows: int, chunks: int, blocks: int, exceptions: in
         rows: of the matrix.
         chunks: of the payload.
         blocks: of codec zstd, in all chunks.
-        exceptions: of codec packed, likewise.
+        exceptions: of codec packed, in all chunks.
     """
     nbytes = PARTS[codec] * PART_NBYTES
     if codec == "zstd":
@@ -36,9 +36,9 @@ def index_nbytes(codec: str, rows: int, chunks: int, blocks: int, exceptions: in
 
 
 def payload_index_nbytes(info: Mapping[str, Any]) -> int:
-    """The same of a payload that ``dcext.payload_info`` describes.
+    """Bytes beside a payload that ``dcext.payload_info`` describes; see ``index_nbytes``.
 
-    Frames of a zstd level may have matches, which a device does not decode: they rest there as plain INT8.
+    Frames of a zstd level may have matches, which a device does not decode: they are resident there as plain INT8.
     """
     rows, cols = info["shape"]
     chunks = info["chunks"]

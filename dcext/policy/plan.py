@@ -49,7 +49,7 @@ class PlannedPass:
         other_s: of ``seconds``, outside of layers.
         resources_s: seconds of each resource.
         binds: the slowest of them.
-        int8_s: ``seconds`` if all layers rested as plain INT8 where the model runs.
+        int8_s: ``seconds`` if all layers were resident as plain INT8 where the model runs.
         measured_s: as taken; None if it was not.
     """
 
@@ -77,7 +77,7 @@ class Plan:
         layers: of the model, in its order.
         passes: what was planned for.
         host_memory: bytes that weights may take in host memory; None where there was no bound.
-        device_memory: likewise on the device.
+        device_memory: bytes that weights may take on the device; None where there was no bound.
         host_nbytes, device_nbytes: what they take, all that is not compressed and room for reads included.
         int8_nbytes: what they would take as plain INT8.
         slots_nbytes: of host memory, to read layers into if some are on the disk.
@@ -135,7 +135,7 @@ class CurvePoint:
     Attributes:
         nbytes: that it takes where the model runs.
         predicted_s: of a pass of the mix on average.
-        measured_s: likewise; None if it was not measured.
+        measured_s: of a pass of the mix on average, as taken; None if it was not measured.
     """
 
     nbytes: int

@@ -43,7 +43,7 @@ class Unit:
         looked_up: how many look up rows of it: embeddings.
         nbytes: of its payload, by codec; those it can have.
         index_nbytes: beside its payload on a device, by codec; an upper bound (``dcext.policy.footprint``).
-        block: name of the decoder block that it lies in; None outside of blocks, whose units always rest on a device.
+        block: name of the decoder block that it lies in; None outside of blocks, whose units are always resident on a device.
         file_codec: of its payload in a file, from which it can be read while the model runs; None without one.
         panels: that rows are decoded by, for look-ups.
         activations: ``"int8"`` or ``"none"``.
@@ -71,7 +71,7 @@ class Unit:
         return (*self.shape, self.multiplied, self.looked_up, self.activations)
 
     def device_nbytes(self, codec: str) -> int:
-        """Bytes on a device, where it rests or arrives there in a codec."""
+        """Bytes on a device in a codec, whether it is resident there or copied there."""
         return self.nbytes.get(codec, self.weights) + self.index_nbytes.get(codec, 0)
 
 
@@ -194,7 +194,7 @@ class Predictor:
         codec = tier.codec
         nbytes = unit.nbytes[codec]
         if tier.place == "device":
-            # Rows of embeddings rest as they are, and if they do not lie in the payload that stays on the host.
+            # Rows of embeddings are resident as they are, and if they do not lie in the payload that stays on the host.
             rows = unit.weights if unit.looked_up and codec != "raw" else 0
             # Outside of blocks a matrix is decoded by itself.
             decoded = unit.weights if unit.block is None and codec == "zstd" else 0

@@ -65,8 +65,8 @@ def anneal(
     Args:
         compute_s: seconds of each unit in each tier, in the order of a pass, for each number of tokens: ``(units, tiers,
             workloads)``; infinite where there is no such tier.
-        read_nbytes: likewise, bytes read from the disk, ``(units, tiers)``.
-        memory_nbytes: likewise, bytes of memory.
+        read_nbytes: bytes that each unit reads from the disk in each tier, ``(units, tiers)``.
+        memory_nbytes: bytes of host memory that each unit takes in each tier, ``(units, tiers)``.
         weights: how many passes there are of each number of tokens, ``(workloads,)``.
         budget_nbytes: of memory for all units.
         disk_bytes_per_s: of the disk.

@@ -46,7 +46,7 @@ class PassSample:
 
     Attributes:
         seconds: that it took.
-        stalled_s: of those, in which a layer waited for the disk.
+        stalled_s: the part of ``seconds`` in which a layer waited for the disk.
         read_nbytes: bytes read from the disk meanwhile.
         reading_s: seconds in which at least one read was under way.
     """
@@ -68,7 +68,7 @@ class PassSample:
 
 
 def typical_sample(passes: Sequence[PassSample]) -> PassSample:
-    """The medians of seconds and of those that were waited, the means of what was read; of at least one pass."""
+    """The median time and the median stall of one pass or more, and the means of what was read."""
     return PassSample(
         statistics.median(seen.seconds for seen in passes),
         statistics.median(seen.stalled_s for seen in passes),

@@ -1,4 +1,4 @@
-"""Units of weights that travel from host memory to a device ahead of their use."""
+"""Units of weights that are copied from host memory to a device ahead of their use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class HostDecoded:
 
 @dataclass(frozen=True)
 class FromFile:
-    """A payload that is read from its file, and compared with its checksums, whenever the unit travels.
+    """A payload that is read from its file, and compared with its checksums, whenever the unit is copied.
 
     It arrives as ``(nbytes,)`` uint8 without its header and chunk table, which stay undefined.
 
@@ -96,7 +96,7 @@ class DeviceStream:
         Args:
             units: the parts of each unit: contiguous uint8 or int8 on the CPU, such as a payload and its seek index, or
                 what is decoded on its way. Taken one by one, so that they need not be in memory together.
-            device: where they travel to.
+            device: where they are copied to.
             reads_nbytes: pinned memory to read files into, where there are ``FromFile`` parts.
             num_slots: at least 1; with 1, nothing is copied while another unit is used.
             max_ahead_nbytes: bound on the bytes of copies ahead of use that are not done yet; one unit is always
@@ -213,8 +213,8 @@ class DeviceStream:
         """Counts so far.
 
         Returns:
-            ``begins``; ``hits`` (of those, the bytes were in the slot or on their way); ``late`` (of those, still on
-            their way); ``copied_nbytes`` (outside graphs); ``stall_ns`` (time spent in ``fetch``).
+            ``begins``; ``hits`` (uses whose bytes were in the slot or on their way); ``late`` (hits whose bytes were still
+            on their way); ``copied_nbytes`` (outside graphs); ``stall_ns`` (time spent in ``fetch``).
         """
         return self._stream.statistics()
 
@@ -252,12 +252,12 @@ def _pin_parts(
             runs.append([])
         elif part.numel() > 0:
             runs[-1].append((part, place))
-    rested = []
+    pinned = []
     for run in filter(None, runs):
         begin = run[0][1].offset
         memory = _C.empty_weights(run[-1][1].end - begin)
         for part, place in run:
             target = memory[place.offset - begin : place.end - begin]
             target.view(place.dtype).view(place.shape).copy_(part)
-        rested.append((memory, begin))
-    return rested
+        pinned.append((memory, begin))
+    return pinned

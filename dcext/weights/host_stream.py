@@ -17,11 +17,11 @@ class StreamStatistics:
 
     Attributes:
         read_nbytes: bytes read from files.
-        used_nbytes: of those, bytes that layers multiplied.
-        dropped_nbytes: of those, bytes read for nothing, because layers ran in another order than expected.
+        used_nbytes: bytes read that layers multiplied.
+        dropped_nbytes: bytes read for nothing, because layers ran in another order than expected.
         layers: calls of layers.
         pieces: reads that layers asked for.
-        stalls: of those, reads that a layer had to wait for.
+        stalls: reads that a layer had to wait for.
         stall_s: seconds in which a layer waited.
         reading_s: seconds in which the files were read.
         peak_nbytes: most memory in use for reads at a time.
@@ -79,7 +79,7 @@ class HostStream:
         Args:
             origins: of each layer's payload, by the layer's name, in the order in which layers are used at first.
             slots_nbytes: memory to read into.
-            units: the unit of each payload, ascending from 0, where several are read together and travel to a device; None
+            units: the unit of each payload, ascending from 0, where several are read together and copied to a device; None
                 for layers that run on the CPU.
             page_cache: whether the system may keep what was read in memory that is not counted here.
 
@@ -136,7 +136,7 @@ class HostStream:
 
 
 class StreamedWeight:
-    """A layer's weights on the disk: what takes the place of a payload that rests on a device.
+    """A layer's weights on the disk: what takes the place of a payload that is resident on a device.
 
     Attributes:
         stream: who reads them.

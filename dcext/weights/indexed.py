@@ -28,7 +28,7 @@ class IndexedWeight:
 
     Attributes:
         shape: ``(out_features, in_features)``.
-        codec: ``"raw"`` or ``"zstd"``, of what rests.
+        codec: ``"raw"`` or ``"zstd"``, of what is resident.
         payload: 1-D uint8.
         index: its seek index; None where the weights lie in the payload as a dense matrix (``view``).
         view: that matrix, ``(out_features, in_features)`` int8, or None.
@@ -41,7 +41,7 @@ class IndexedWeight:
 
         Args:
             payload: 1-D uint8 on the CPU.
-            device: where the weight shall rest.
+            device: where the weight is to be resident.
 
         Raises:
             FormatError: the payload is corrupt.
@@ -54,7 +54,7 @@ class IndexedWeight:
             if index is None:
                 warnings.warn(
                     f"a payload of shape {info['shape']} and zstd level {info['level']} has matches, which a GPU cannot "
-                    "decode: it rests as raw INT8 there",
+                    "decode: it is resident as raw INT8 there",
                     stacklevel=2,
                 )
                 payload = encode(decode(payload), "raw")
@@ -104,11 +104,11 @@ class IndexedWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where the weight rests."""
+        """Where the weight is resident."""
         return self.payload.device
 
     def qweight(self) -> Tensor:
-        """The weights: ``(out_features, in_features)`` int8; new memory unless they rest dense."""
+        """The weights: ``(out_features, in_features)`` int8; new memory unless they are dense."""
         return decode_together([self])[0]
 
     def raise_if_damaged(self) -> None:
@@ -138,7 +138,7 @@ def _lies_dense(info: dict[str, Any]) -> bool:
 
 
 def decode_together(weights: list[IndexedWeight]) -> list[Tensor]:
-    """Decodes weights of one device in one launch; those that rest dense are returned as they lie.
+    """Decodes weights of one device in one launch; those that are dense are returned as they lie.
 
     Captured in a CUDA graph like any operator: it neither waits for the device nor reads from it.
     """

@@ -58,7 +58,7 @@ class PackedWeight:
 
         Args:
             payload: 1-D uint8 on the CPU, codec packed, one slab. Every byte is verified.
-            device: where the weight shall rest.
+            device: where the weight is to be resident.
 
         Raises:
             FormatError: the payload is corrupt, truncated or of another version.
@@ -94,7 +94,7 @@ class PackedWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where the weight rests."""
+        """Where the weight is resident."""
         return self.payload.device
 
     @property
