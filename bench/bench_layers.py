@@ -19,6 +19,7 @@ from torch.nn import functional
 
 import dcext
 from dcext import _C
+from dcext.weights.origin import to_weight_memory
 
 SHAPES = [(128, 256)] if SMOKE else [(4096, 4096), (11008, 4096)]  # out_features, in_features
 TOKENS = [1, 16] if SMOKE else [1, 8, 32, 128, 512]
@@ -56,7 +57,7 @@ class Case:
         first = self.layer(self.weights[RATE][0], "packed")
         self.layers["packed", RATE] = [first]
         for _ in range(count(shape) - 1):  # the same weights in other memory
-            payload = dcext.nn.compressed.to_weight_memory(first.payload)
+            payload = to_weight_memory(first.payload)
             self.layers["packed", RATE].append(dcext.DCLinear(payload, first.row_scale))
         self.packed: tuple[int, list[torch.Tensor]] = (0, [])
 
