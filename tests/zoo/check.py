@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import filecmp
 import warnings
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import dcext
 from dcext.find import make_filter, prepare_
 from dcext.nn.compressed import compressed_modules
+from dcext.nn.linear import CompressedLinear
 from dcext.nn.matrix import matrix_of, set_matrix_
 
 from .family import Family, generate
@@ -67,22 +69,23 @@ class Row:
         return asdict(self)
 
 
-def check_family(family: Family, recipe: str, folder: Path) -> Row:
+def check_family(family: Family, recipe: str, folder: Path, windows: int = WINDOWS) -> Row:
     """Compresses, runs, saves and loads a family.
 
     Args:
         family: which.
         recipe: of ``RECIPES``.
         folder: an empty one.
+        windows: times as many as the family's own inputs, to calibrate on.
     """
     model = family.model()
     inputs = family.inputs(model)
     expected = output(family, model, inputs)
-    compressed = _compress(family, recipe, "none", inputs)
+    dequantized = copy.deepcopy(model)
+    compressed = _compress(model, recipe, calibration_of(inputs, windows))
+    dequantize_(dequantized, compressed)
     report = compressed.dcext_report
     found = output(family, compressed, inputs)
-    exact = output(family, _dequantized(family, compressed), inputs)
-    quantized = _compress(family, recipe, "int8", inputs)
     return Row(
         family=family.name,
         group=family.group,
@@ -92,11 +95,12 @@ def check_family(family: Family, recipe: str, folder: Path) -> Row:
         left={k: v for k, v in report.left_by_reason().items() if not k.startswith("vectors")},
         bits=report.bits_per_weight(),
         error=distance(found, expected),
-        error_int8=distance(output(family, quantized, inputs), expected),
-        computed=distance(found, exact),
+        computed=distance(found, output(family, dequantized, inputs)),
         fallbacks=sum(layer.fallback is not None for layer in report.layers),
         loaded=_round_trip(family, compressed, inputs, folder) if family.auto else None,
         generates=generate(compressed, inputs, 2) is not None if family.generates else None,
+        # Last: it changes the model.
+        error_int8=distance(output(family, quantize_activations_(compressed), inputs), expected),
     )
 
 
@@ -111,25 +115,30 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def _compress(
-    family: Family, recipe: str, activations: str, inputs: dict[str, Tensor]
-) -> nn.Module:
-    model = family.model()
-    config = dcext.CompressionConfig(activations=activations, **RECIPES[recipe])
-    calibration = calibration_of(inputs) if config.recipe == "rate" else None
+def _compress(model: nn.Module, recipe: str, calibration: dict[str, Tensor]) -> nn.Module:
+    """The same model, its layers W8A16."""
+    config = dcext.CompressionConfig(activations="none", **RECIPES[recipe])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="compress_: ")  # low coverage: it is in the row
-        return dcext.compress_(model, config, calibration)
+        return dcext.compress_(model, config, calibration if config.recipe == "rate" else None)
 
 
-def calibration_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def quantize_activations_(compressed: nn.Module) -> nn.Module:
+    """Makes layers W8A8: what ``activations="int8"`` in the configuration gives, which no payload depends on."""
+    for layer in compressed_modules(compressed).values():
+        if isinstance(layer, CompressedLinear):
+            layer.activations = "int8"
+    return compressed
+
+
+def calibration_of(inputs: dict[str, Tensor], windows: int = WINDOWS) -> dict[str, Tensor]:
     """More windows like a family's inputs: other ids where those are drawn, other values where those are floats."""
     generator = torch.Generator().manual_seed(7)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     alone = all(name in ("input_ids", "decoder_input_ids") for name in tensors)
     result = {}
     for name, tensor in tensors.items():
-        repeated = tensor.repeat(WINDOWS, *[1] * (tensor.dim() - 1))
+        repeated = tensor.repeat(windows, *[1] * (tensor.dim() - 1))
         if tensor.is_floating_point() and tensor.dim() > 1:
             noise = torch.randn(repeated.shape, generator=generator) * tensor.std()
             repeated = (repeated + noise) / 2**0.5
@@ -141,15 +150,12 @@ def calibration_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _dequantized(family: Family, compressed: nn.Module) -> nn.Module:
-    """The float model that a compressed one stands for."""
-    model = family.model()
+def dequantize_(model: nn.Module, compressed: nn.Module) -> None:
+    """Gives a float model the matrices that a compressed one of the same family stands for."""
     prepare_(model, make_filter(None, None, None))
     for name, layer in compressed_modules(compressed).items():
         module = model.get_submodule(name)
-        matrix = layer.dequantize().to(matrix_of(module).dtype)
-        set_matrix_(module, matrix)
-    return model
+        set_matrix_(module, layer.dequantize().to(matrix_of(module).dtype))
 
 
 def _round_trip(family: Family, model: nn.Module, inputs: dict[str, Tensor], folder: Path) -> bool:
