@@ -69,20 +69,19 @@ class Row:
         return asdict(self)
 
 
-def check_family(family: Family, recipe: str, folder: Path, windows: int = WINDOWS) -> Row:
+def check_family(family: Family, recipe: str, folder: Path) -> Row:
     """Compresses, runs, saves and loads a family.
 
     Args:
         family: which.
         recipe: of ``RECIPES``.
         folder: an empty one.
-        windows: times as many as the family's own inputs, to calibrate on.
     """
     model = family.model()
     inputs = family.inputs(model)
     expected = output(family, model, inputs)
     dequantized = copy.deepcopy(model)
-    compressed = _compress(model, recipe, calibration_of(inputs, windows))
+    compressed = _compress(model, recipe, calibration_of(inputs))
     dequantize_(dequantized, compressed)
     report = compressed.dcext_report
     found = output(family, compressed, inputs)
