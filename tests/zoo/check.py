@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import filecmp
 import warnings
 from dataclasses import asdict, dataclass
@@ -80,7 +79,8 @@ def check_family(family: Family, recipe: str, folder: Path) -> Row:
     model = family.model()
     inputs = family.inputs(model)
     expected = output(family, model, inputs)
-    dequantized = copy.deepcopy(model)
+    # Not a deep copy: modules of weight norm share their class with it, which loses a property when one is made plain.
+    dequantized = family.model()
     compressed = _compress(model, recipe, calibration_of(inputs))
     dequantize_(dequantized, compressed)
     report = compressed.dcext_report
@@ -130,14 +130,14 @@ def quantize_activations_(compressed: nn.Module) -> nn.Module:
     return compressed
 
 
-def calibration_of(inputs: dict[str, Tensor], windows: int = WINDOWS) -> dict[str, Tensor]:
+def calibration_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """More windows like a family's inputs: other ids where those are drawn, other values where those are floats."""
     generator = torch.Generator().manual_seed(7)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     alone = all(name in ("input_ids", "decoder_input_ids") for name in tensors)
     result = {}
     for name, tensor in tensors.items():
-        repeated = tensor.repeat(windows, *[1] * (tensor.dim() - 1))
+        repeated = tensor.repeat(WINDOWS, *[1] * (tensor.dim() - 1))
         if tensor.is_floating_point() and tensor.dim() > 1:
             noise = torch.randn(repeated.shape, generator=generator) * tensor.std()
             repeated = (repeated + noise) / 2**0.5
