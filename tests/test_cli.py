@@ -142,7 +142,7 @@ def test_a_plan_is_made_saved_and_followed(folders, tmp_path, monkeypatch):
 
 def draw_few_points() -> None:
     """Plans for the curve over memory take seconds each."""
-    from dcext.runtime import explain
+    from dcext.planning import explain
 
     explain.SHARES = explain.SHARES[::5]
 
