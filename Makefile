@@ -35,8 +35,8 @@ demo: build  ## compress, verify, measure and run a real model (downloads 132 MB
 
 test: build lint pytest  ## environment, build, lint, types, tests
 
-pytest: build  ## the tests alone, two files at a time
-	@$(PY) -m pytest -n 2 --dist loadfile
+pytest: build  ## the tests alone, in two processes of one thread
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/stamp-dev  ## ruff, clang-format and mypy, without changing anything
 	@$(BIN)/ruff check -q .

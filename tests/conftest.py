@@ -52,6 +52,24 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path) -> Path:
+    """The same in float32, as a folder with its tokenizer, made once: reading GGUF takes half a minute of Python."""
+    pytest.importorskip("transformers")
+    from dcext.hub import load_float_model
+
+    folder = ROOT / "build" / "smollm2"
+    with fetch.locked(folder.with_name("smollm2.lock")):
+        if not folder.exists():
+            model, tokenizer = load_float_model(smollm2_gguf)
+            model.hf_quantizer.remove_quantization_config(model)  # of GGUF: what it loaded is float
+            partial = folder.with_name("smollm2.partial")
+            for part in (model, tokenizer):
+                part.save_pretrained(partial)
+            partial.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def evaluation_text() -> Path:
     """Plain text of the last 5 MB of enwik8."""
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 SANITIZERS = {"thread": "thread", "address": "address,undefined"}
@@ -23,6 +25,14 @@ def flags_of(sanitizer: str | None) -> list[str]:
     return FLAGS + ([f"-fsanitize={SANITIZERS[sanitizer]}"] if sanitizer else [])
 
 
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Holds what is made against other processes and threads that make the same."""
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def missing(folder: Path, sanitizer: str | None) -> str | None:
     """What is missing, or None: a program of one line, put into the folder, tells."""
     if shutil.which(compiler()[0]) is None:
@@ -30,8 +40,11 @@ def missing(folder: Path, sanitizer: str | None) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f"probe_{sanitizer}"
     command = [*compiler(), *flags_of(sanitizer), "-x", "c++", "-", "-o", str(probe)]
-    built = subprocess.run(command, input="int main() {}", text=True, capture_output=True)
-    if built.returncode != 0 or subprocess.run([probe], capture_output=True).returncode != 0:
+    with alone(probe):
+        built = subprocess.run(command, input="int main() {}", text=True, capture_output=True)
+        runs = built.returncode == 0
+        runs = runs and subprocess.run([probe], capture_output=True).returncode == 0
+    if not runs:
         return f"a compiler and a machine with {' '.join(flags_of(sanitizer)[len(FLAGS) :])}"
     return None
 
@@ -50,17 +63,20 @@ def is_current(target: Path, source: Path, *others: Path) -> bool:
 
 def compile_one(source: Path, target: Path, command: Sequence[str | Path], *others: Path) -> Path:
     """An object, compiled where it is not current; a compiler that is stopped leaves none."""
-    if not is_current(target, source, *others):
-        partial = target.with_suffix(".partial")
-        dependencies = ["-MMD", "-MF", target.with_suffix(".d")]
-        subprocess.run([*command, *dependencies, "-c", source, "-o", partial], check=True)
-        partial.rename(target)
+    with alone(target):
+        if not is_current(target, source, *others):
+            partial = target.with_suffix(".partial")
+            dependencies = ["-MMD", "-MF", target.with_suffix(".d")]
+            subprocess.run([*command, *dependencies, "-c", source, "-o", partial], check=True)
+            partial.rename(target)
     return target
 
 
 def link(program: Path, inputs: Sequence[Path], command: Sequence[str | Path]) -> Path:
-    if not program.exists() or any(p.stat().st_mtime > program.stat().st_mtime for p in inputs):
-        subprocess.run([*command, *inputs, "-o", program], check=True)
+    with alone(program):
+        newest = max(path.stat().st_mtime for path in inputs)
+        if not program.exists() or newest > program.stat().st_mtime:
+            subprocess.run([*command, *inputs, "-o", program], check=True)
     return program
 
 

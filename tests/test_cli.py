@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from forked import run, run_json
 from safetensors.torch import load_file
 from test_compress import tiny_llama
 
 import dcext
 from dcext.evaluate import generation_speed, perplexity
 from dcext.format import CheckpointReader
+from dcext.hub import load_float_model
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -26,17 +31,13 @@ transformers = pytest.importorskip("transformers")
 TEXT = "It was a dark and stormy night; the rain fell in torrents. " * 30
 
 
-def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, as a user runs it."""
+def run_python(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """The command in a Python of its own."""
     command = [sys.executable, "-c", "from dcext.cli.app import main; main()", *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == code, result.stderr
     return result
-
-
-def run_json(*arguments: object) -> dict:
-    return json.loads(run(*arguments, "--json").stdout)
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +140,16 @@ def test_a_plan_is_made_saved_and_followed(folders, tmp_path, monkeypatch):
     assert run(*arguments, "--plan", plan).stdout == run(*arguments).stdout
 
 
+def draw_few_points() -> None:
+    """Plans for the curve over memory take seconds each."""
+    from dcext.planning import explain
+
+    explain.SHARES = explain.SHARES[::5]
+
+
 def test_plans_for_what_is_not_here(tmp_path):
     options = ("plan", "--shapes", "opt-1.3b", "--machine", "pcie4", "--device-memory", "800MB")
-    shown = run(*options, "--host-memory", "8GB", "--plot", "-").stdout
+    shown = run(*options, "--host-memory", "8GB", "--plot", "-", before=draw_few_points).stdout
     assert "projected: PCIe 4.0" in shown
     assert "of device memory; plain INT8" in shown
     assert "INT8 operations for each stored byte" in shown
@@ -323,12 +331,10 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
 
 
 @pytest.mark.real_model
-def test_the_real_model(smollm2_gguf, evaluation_text, tmp_path):
+def test_the_real_model(smollm2_gguf, smollm2, evaluation_text, tmp_path):
     """Compressed by the command, it says what raw INT8 says, bit for bit, and is close to the float model."""
-    from dcext.hub import load_float_model
-
     run("compress", smollm2_gguf, "-o", tmp_path / "out", "--recipe", "int8")
-    model, tokenizer = load_float_model(smollm2_gguf)
+    model, tokenizer = load_float_model(smollm2)
     text = evaluation_text.read_text(encoding="utf-8")[:8000]
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids)[:1024]
     reference = perplexity(model, ids).perplexity
@@ -415,7 +421,7 @@ def hide(package: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tokenizer_that_is_not_needed_is_no_problem(marian, tmp_path):
     folder = marian
     out = tmp_path / "out"
-    told = run("compress", folder, "-o", out, "--recipe", "data-free", "--bits", "5").stderr
+    told = run_python("compress", folder, "-o", out, "--recipe", "data-free", "--bits", "5").stderr
     assert "pip install sentencepiece" in told
     for name in ("source.spm", "vocab.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
@@ -436,7 +442,7 @@ def test_a_tokenizer_that_is_not_needed_is_no_problem(marian, tmp_path):
 def test_a_tokenizer_that_is_needed_and_missing_is_one_line(marian, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     command = ("compress", marian, "-o", tmp_path / "out", "--calibration", tmp_path / "text.txt")
-    (error,) = run(*command, code=1).stderr.strip().splitlines()
+    (error,) = run_python(*command, code=1).stderr.strip().splitlines()
     assert error.startswith("error: ImportError: ")
     assert "pip install sentencepiece" in error
     assert len(error) < 300
@@ -446,18 +452,15 @@ def test_a_tokenizer_that_is_needed_and_missing_is_one_line(marian, tmp_path):
 def test_a_package_that_is_missing_is_one_line(folders, tmp_path, monkeypatch):
     hide("transformers", tmp_path / "hidden", monkeypatch)
     command = ("compress", folders / "float", "-o", tmp_path / "out", "--recipe", "int8")
-    (error,) = run(*command, code=1).stderr.strip().splitlines()
+    (error,) = run_python(*command, code=1).stderr.strip().splitlines()
     assert error.startswith("error: ModuleNotFoundError: ")
     assert "transformers" in error
 
 
-LIMITED = """
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
-from dcext.cli.app import main
-main()
-"""
+def limit_files(nbytes: int) -> None:
+    """Writing more to a file fails, instead of ending the process."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
 
 
 def test_a_result_that_cannot_be_written_does_not_lose_the_calibration(folders, tmp_path):
@@ -469,21 +472,14 @@ def test_a_result_that_cannot_be_written_does_not_lose_the_calibration(folders, 
         *("--calibration", str(folders / "text.txt"), "--bits", "6"),
         *("--calibration-tokens", "256", "--context", "64"),
     ]
-    limit = "2000000"
-    failed = subprocess.run(
-        [sys.executable, "-c", LIMITED, limit, *command], capture_output=True, text=True
-    )
-    assert failed.returncode != 0
-    assert "File too large" in failed.stderr, failed.stderr
+    limited = functools.partial(limit_files, 2_000_000)
+    assert "File too large" in run(*command, before=limited, code=1).stderr
     steps = tmp_path / ".out.dcext-resume"
     kept = sorted(path.name for path in steps.iterdir())
     assert {"block-00000.safetensors", "block-00001.safetensors"} <= set(kept)
     before = {name: (steps / name).stat().st_mtime_ns for name in kept if "block" in name}
     assert sorted(path.name for path in tmp_path.iterdir()) == [steps.name, "float"]
-    check = subprocess.run(
-        [sys.executable, "-c", LIMITED, limit, *command], capture_output=True, text=True
-    )
-    assert check.returncode != 0
+    run(*command, before=limited, code=1)
     assert before == {name: (steps / name).stat().st_mtime_ns for name in before}  # not done again
     run(*command)
     assert not steps.exists()

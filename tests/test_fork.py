@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_code
 
 import dcext
 
@@ -64,9 +63,7 @@ def run(folder: Path, code: str) -> None:
     """In a process of its own, which nothing that hangs outlives."""
     from dcext.offloading.state import LEAST_SLOTS_NBYTES
 
-    command = [sys.executable, "-c", PRELUDE + code, str(folder), str(LEAST_SLOTS_NBYTES + 200_000)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert done.returncode == 0, done.stderr
+    run_code(PRELUDE + code, folder, LEAST_SLOTS_NBYTES + 200_000, timeout_s=TIMEOUT_S)
 
 
 def test_a_child_loads_and_streams(folder):

@@ -19,16 +19,11 @@ PROMPT = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
-def float_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("smollm2")
-    arguments = {"gguf_file": smollm2_gguf.name, "dtype": torch.bfloat16}
-    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, **arguments)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name
-    )
-    model.hf_quantizer.remove_quantization_config(model)  # of GGUF: what it loaded is float
+def float_folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bfloat16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
     return folder
 
 

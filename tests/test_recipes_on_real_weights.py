@@ -21,22 +21,22 @@ def in_blocks(name: str, module: nn.Module) -> bool:
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_gguf):
+def loaded(smollm2):
     from dcext.hub import load_float_model
 
-    return load_float_model(smollm2_gguf)
+    return load_float_model(smollm2)
 
 
 @pytest.fixture(scope="module")
-def calibration(smollm2):
+def calibration(loaded):
     text = wiki_text.enwik8_text("calibration").read_text(encoding="utf-8")
-    return text_windows(smollm2[1], text, tokens=2048, context=256)
+    return text_windows(loaded[1], text, tokens=2048, context=256)
 
 
 @pytest.fixture(scope="module")
-def first_blocks(smollm2):
+def first_blocks(loaded):
     """The model with two of its thirty blocks."""
-    model = copy.copy(smollm2[0])
+    model = copy.copy(loaded[0])
     model._modules = dict(model._modules)
     model.model = copy.copy(model.model)
     model.model._modules = dict(model.model._modules)
@@ -54,8 +54,8 @@ def compressed(model: nn.Module, calibration: torch.Tensor | None, **choices) ->
     return 8 / model.dcext_report.bits_per_weight()
 
 
-def test_int8_per_tensor_has_the_ratio_that_the_paper_starts_from(smollm2):
-    ratio = compressed(copy.deepcopy(smollm2[0]), None, recipe="int8", granularity="tensor")
+def test_int8_per_tensor_has_the_ratio_that_the_paper_starts_from(loaded):
+    ratio = compressed(copy.deepcopy(loaded[0]), None, recipe="int8", granularity="tensor")
     assert ratio == pytest.approx(1.52, abs=0.02)
 
 

@@ -91,11 +91,11 @@ def test_any_matrix(rows, cols, sigma, slab_cols, seed):
     assert failures == 0
 
 
-def test_real_weights(smollm2_gguf):
+def test_real_weights(smollm2):
     from dcext.hub import load_float_model
     from dcext.quantize import quantize_absmax
 
-    model, _ = load_float_model(str(smollm2_gguf), "float32")
+    model, _ = load_float_model(smollm2, "float32")
     layer = model.model.layers[3].mlp
     for linear in (layer.gate_proj, layer.down_proj):
         for granularity in ("row", "tensor"):

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcext.analyze import LayerAnalysis, ModelAnalysis
-from dcext.format.replace import replace_file
-from dcext.plots.figure import check_plot, new_figure
+from dcext.plots.figure import check_plot, new_figure, save_figure
 from dcext.quantize.report import CompressionReport
 
 MARKERS = "osD^vPX<>"  # nine, beside ten colours: ninety kinds can be told apart
@@ -137,9 +136,7 @@ def _draw(panels: list[Panel], columns: int, path: str | Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     by_kind = dict(zip(labels, handles, strict=True))
     figure.legend(by_kind.values(), by_kind.keys(), loc="outside right upper", fontsize=8)
-    replace_file(
-        Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=figure.DPI)
-    )
+    save_figure(figure, path)
 
 
 def _draw_panel(axis: Any, panel: Panel, kinds: list[str]) -> None:

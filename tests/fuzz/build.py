@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "third_party"), str(ROOT / "tests")]
 
-from sanitized import compile_one, compiler, link, num_jobs  # noqa: E402  (tests/sanitized.py)
+from sanitized import alone, compile_one, compiler, link, num_jobs  # noqa: E402  (tests/sanitized.py)
 
 import fetch  # noqa: E402  (third_party/fetch.py)
 
@@ -49,7 +49,6 @@ def missing_tools() -> str | None:
     """What is missing, or None where a program with sanitizers can be built and runs."""
     if shutil.which(compiler()[0]) is None:
         return f"no C++ compiler ({compiler()[0]})"
-    OUT.mkdir(parents=True, exist_ok=True)
     probe = OUT / "probe"
     if probe.exists():
         return None
@@ -92,7 +91,10 @@ def build() -> Path:
 
 
 if __name__ == "__main__":
-    if missing := missing_tools():
+    OUT.mkdir(parents=True, exist_ok=True)
+    with alone(OUT / "probe"):
+        missing = missing_tools()
+    if missing:
         print(missing)
         sys.exit(NOT_AVAILABLE)
     try:
