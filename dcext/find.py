@@ -81,6 +81,9 @@ def prepare_(model: nn.Module, passes: FilterFn) -> None:
 def bake_(module: nn.Module) -> None:
     """Makes what computes a layer's weight from other parameters, masks or norms part of the weight itself."""
     if parametrize.is_parametrized(module, "weight"):
+        # torch takes the attribute from the module's class, which copies of the module share: it gets one of its own.
+        kind = type(module)
+        module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         for key, left in list(module._load_state_dict_pre_hooks.items()):
             hook = getattr(left, "hook", left)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import psutil
+
 _UNITS = {
     "": 1,
     "B": 1,
@@ -54,12 +56,11 @@ def format_nbytes(nbytes: int) -> str:
 def free_memory() -> int:
     """Bytes that this process could take now: what is available, or what its control group leaves, if that is less.
 
-    Linux: ``MemAvailable`` of proc(5), ``memory.max`` of cgroups(7), version 2, or ``memory.limit_in_bytes`` of 1.
+    Control groups are those of Linux: ``memory.max`` of cgroups(7), version 2, or ``memory.limit_in_bytes`` of version 1.
     """
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    (available,) = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    room = [available * 1024]
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    room = [psutil.virtual_memory().available]
+    membership = Path("/proc/self/cgroup")
+    for line in membership.read_text().splitlines() if membership.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue

@@ -221,6 +221,17 @@ def test_pruned_and_normed_layers():
     assert torch.equal(copied[2].weight.decoded(), model[2].weight.decoded())
 
 
+def test_copies_of_a_normed_layer_stay_what_they_are():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(64, 64)))
+    copied = copy.deepcopy(model)  # the class of its layer is the same object
+    x = torch.randn(2, 64)
+    expected = copied(x)
+    dcext.compress_(model, W8A16)
+    assert torch.equal(copied(x), expected)
+    dcext.compress_(copied, W8A16)
+    assert torch.equal(copied(x), model(x))
+
+
 def test_attention_transformers_and_recurrent_networks_of_torch():
     cases = [
         (nn.MultiheadAttention(64, 4, batch_first=True), (torch.randn(2, 5, 64),) * 3),
