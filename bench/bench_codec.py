@@ -16,10 +16,10 @@ import pytest
 import torch
 import zipnn
 import zstandard
-from conftest import SMOKE, Figure, Tables, Timer, count_threads, gaussian, speed_ratio
 from libzstd import checked, compress_literals_only, decompress_into, library
 
 import dcext
+from conftest import SMOKE, Figure, Tables, Timer, count_threads, gaussian, speed_ratio
 from dcext.codec import seek_index
 
 SIGMAS = [3.0] if SMOKE else [1.0, 1.5, 3.0, 6.0, 20.0, 35.0]  # 35: as INT8 per row has

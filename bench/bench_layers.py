@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMOKE, Figure, Tables, Timer, count_threads, gaussian, speed_ratio
 from packed_weights import packed_rate_weights
 from torch.nn import functional
 
 import dcext
+from conftest import SMOKE, Figure, Tables, Timer, count_threads, gaussian, speed_ratio
 from dcext import _C
 from dcext.weights.origin import to_weight_memory
 

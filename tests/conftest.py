@@ -82,7 +82,7 @@ def evaluation_text() -> Path:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of one small model, by codec."""
     pytest.importorskip("transformers")
-    from test_compress import grouped_llama
+    from models import grouped_llama
 
     parent = tmp_path_factory.mktemp("models")
     for codec in ("zstd", "packed"):

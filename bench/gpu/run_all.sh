@@ -227,8 +227,8 @@ sanitize() {  # tool of compute-sanitizer
 }
 
 if [ -z "$smoke" ] && wanted build; then build; fi
-pytest_step tests 110 tests/test_cuda_ops.py tests/test_seek_index.py tests/test_resting.py tests/test_traveling.py tests/test_device_plans.py \
-  tests/test_int8_gemm_triton.py tests/test_packed_triton.py
+pytest_step tests 110 tests/kernels/test_cuda_ops.py tests/codec/test_seek_index.py tests/weights/test_resident.py tests/offloading/test_prefetching.py tests/offloading/test_device_plans.py \
+  tests/kernels/test_int8_gemm_triton.py tests/kernels/test_packed_triton.py
 sanitize memcheck
 sanitize racecheck
 run compile 60 run.log "$python" "$here/compile_kernels.py" $smoke
@@ -239,7 +239,7 @@ run model 90 run.log "$python" "$here/model.py" $smoke --output "$output/model.j
 run offload 120 run.log "$python" "$here/offload.py" $smoke --output "$output/offload.json" --seconds ALLOWED
 run policy 100 run.log "$python" "$here/policy.py" $smoke --output "$output/policy.json" --seconds ALLOWED
 # Without a GPU they say the same: last, if there is time.
-pytest_step ptx 90 tests/test_int8_gemm_ptx.py tests/test_packed_ptx.py
+pytest_step ptx 90 tests/kernels/test_int8_gemm_ptx.py tests/kernels/test_packed_ptx.py
 
 # ---- The end ----
 

@@ -14,9 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "third_party")]
 
-from sanitized import compile_one, compiler, flags_of, link, num_jobs  # noqa: E402
-
 import fetch  # noqa: E402  (third_party/fetch.py)
+from sanitized import compile_one, compiler, flags_of, link, num_jobs  # noqa: E402
 
 BUILD = ROOT / "build" / "device"
 SOURCES = {

@@ -21,9 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "third_party"), str(ROOT / "tests")]
 
-from sanitized import alone, compile_one, compiler, link, num_jobs  # noqa: E402  (tests/sanitized.py)
-
 import fetch  # noqa: E402  (third_party/fetch.py)
+from sanitized import alone, compile_one, compiler, link, num_jobs  # noqa: E402  (tests/sanitized.py)
 
 OUT = ROOT / "build" / "fuzz"
 PROGRAM = OUT / "seek_fuzz"
