@@ -188,7 +188,7 @@ def row(shape: str, machine_name: str, tokens: int) -> dict[str, Any]:
         **found,
         "seconds": best,
         "over_unbounded_int8": best / unbounded,
-        "tiers": dict(Counter(tiers.values())),
+        "tiers": dict(Counter(map(str, tiers.values()))),
         "gain_over": {name: None if gain == float("inf") else gain for name, gain in gains.items()},
     }
 

@@ -22,15 +22,15 @@ from policy_cases import CPU, GPU, LEAST, drawn_units, every_tier, logits, plan_
 
 
 def test_observing_leaves_the_model_as_it_was(checkpoints, machine, monkeypatch):
-    from dcext.planning import plan as planning
     from dcext.profiling import observe, observe_disk
+    from dcext.profiling import study as studying
 
     monkeypatch.setattr(observe, "SECONDS_OF_A_LENGTH", 0.01)
     monkeypatch.setattr(observe_disk, "STREAMING_S", 0.01)
-    monkeypatch.setattr(planning, "tune", lambda: machine)
+    monkeypatch.setattr(studying, "tune", lambda: machine)
     model = dcext.from_pretrained(checkpoints["packed"])
     payloads = {name: m.payload.data_ptr() for name, m in compressed_modules(model).items()}
-    studied = planning.study(model, (1, 8))
+    studied = studying.study(model, (1, 8))
     after = {name: m.payload.data_ptr() for name, m in compressed_modules(model).items()}
     assert after == payloads
     kinds = {unit.kind for unit in studied.units}
