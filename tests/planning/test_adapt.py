@@ -41,7 +41,7 @@ def test_observing_leaves_the_model_as_it_was(checkpoints, machine, monkeypatch)
     assert len(studied.observed.disk) == 2
     on_disk = dcext.from_pretrained(checkpoints["packed"], host_memory=LEAST)
     tiers = [weight.tier for weight in weights_of(on_disk)]
-    planning.study(on_disk, (1,))
+    studying.study(on_disk, (1,))
     assert [weight.tier for weight in weights_of(on_disk)] == tiers
 
 
