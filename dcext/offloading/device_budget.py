@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from dcext.codec import payload_info
 from dcext.nn.compressed import CompressedModule
 from dcext.nn.embedding import DCEmbedding
 from dcext.nn.placement import compressed_blocks
+from dcext.offloading.spread import spread_evenly
+from dcext.offloading.state import other_nbytes
 from dcext.offloading.weights import Weight
 from dcext.policy.decide import SLOTS
 from dcext.policy.footprint import PART_NBYTES, payload_index_nbytes
@@ -183,15 +186,8 @@ def _stored_nbytes(layer: CompressedModule) -> int:
 
 def _outside_nbytes(model: nn.Module, inside: set[int]) -> tuple[int, int]:
     """Bytes on the device of all that is not a payload of a block, and of the largest matrix that is decoded whole."""
-    nbytes, decoded = 0, 0
-    seen: set[int] = set()
+    nbytes, decoded = other_nbytes(model), 0
     for module in model.modules():
-        compressed = isinstance(module, CompressedModule)
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or id(tensor) in seen or (compressed and name == "payload"):
-                continue
-            seen.add(id(tensor))
-            nbytes += tensor.nbytes
         if not isinstance(module, CompressedModule) or id(module) in inside:
             continue
         if isinstance(module, DCEmbedding):
@@ -205,13 +201,6 @@ def _outside_nbytes(model: nn.Module, inside: set[int]) -> tuple[int, int]:
 def _spread(
     blocks: list[DeviceBlock], room: int, nbytes: Callable[[DeviceBlock], int]
 ) -> list[DeviceBlock]:
-    """As many blocks as fit, evenly spread, so that copies always have time."""
-    share, credit, left = room / sum(map(nbytes, blocks)), 0.0, room
-    chosen = []
-    for block in blocks:
-        credit += share * nbytes(block)
-        if nbytes(block) <= min(credit, left):
-            chosen.append(block)
-            credit -= nbytes(block)
-            left -= nbytes(block)
-    return chosen
+    """As many blocks as fit, evenly spread."""
+    stays = spread_evenly([nbytes(block) for block in blocks], room)
+    return list(itertools.compress(blocks, stays))

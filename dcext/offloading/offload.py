@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from dcext.nn.placement import check_device
 from dcext.offloading.apply import move_weights
 from dcext.offloading.device import place_on_device
 from dcext.offloading.device_budget import device_tiers, plan_device
+from dcext.offloading.spread import spread_evenly
 from dcext.offloading.state import (
     LEAST_SLOTS_NBYTES,
     OFFLOAD_ATTRIBUTE,
@@ -156,23 +158,14 @@ def _weights(model: nn.Module) -> list[Weight]:
 def _choose_resident(weights: list[Weight], room: int) -> set[str]:
     """Names of what stays in memory: nothing that is only looked up, and evenly many of the others.
 
-    All bytes of layers cost the same to stream. Spread evenly, those in memory give the disk time to read ahead.
+    What is left over goes to whatever still fits, embeddings last.
     """
     layers = [weight for weight in weights if not weight.is_looked_up]
-    total = sum(weight.nbytes for weight in layers)
-    chosen: set[str] = set()
-    share = min(1.0, room / max(total, 1))
-    credit = 0.0
-    left = room
-    for weight in layers:
-        credit += share * weight.nbytes
-        if weight.nbytes <= min(credit, left):
-            chosen.add(weight.name)
-            credit -= weight.nbytes
-            left -= weight.nbytes
-    # What is left over goes to whatever still fits, embeddings last.
+    stays = spread_evenly([weight.nbytes for weight in layers], room)
+    chosen = {weight.name: weight.nbytes for weight in itertools.compress(layers, stays)}
+    left = room - sum(chosen.values())
     for weight in sorted(weights, key=lambda weight: weight.is_looked_up):
         if weight.name not in chosen and weight.nbytes <= left:
-            chosen.add(weight.name)
+            chosen[weight.name] = weight.nbytes
             left -= weight.nbytes
-    return chosen
+    return set(chosen)
