@@ -11,6 +11,7 @@ import torch
 
 from dcext import _C
 from dcext import ops as _ops  # noqa: F401  (registers the fake implementations)
+from dcext.checks import check_type
 
 
 def build_info() -> dict[str, Any]:
@@ -38,6 +39,7 @@ def set_num_threads(num_threads: int) -> None:
     Raises:
         ValueError: ``num_threads`` is below 1.
     """
+    check_type("set_num_threads: num_threads", num_threads, int, "a whole number")
     _C.set_num_threads(num_threads)
 
 

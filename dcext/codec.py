@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dcext import _C
+from dcext.checks import check_type
 
 CODECS = ("auto", "raw", "zstd", "packed")
 
@@ -33,6 +34,9 @@ def encode(
         TypeError: ``qweight`` is not int8.
         ValueError: shape, codec, level or slab_cols is not as above.
     """
+    check_type("encode: qweight", qweight, Tensor, "an int8 Tensor")
+    check_type("encode: codec", codec, str, "a codec's name")
+    check_type("encode: level", level, (int, type(None)), "None or 1..22")
     if level is not None and level < 1:
         raise ValueError(f"encode: level: expected None or 1..22, got {level}")
     return torch.ops.dcext.encode(qweight, codec, level or 0, slab_cols or 0)
@@ -64,6 +68,7 @@ def decode(
         FormatError: the payload is corrupt, truncated or of another version. ``out`` is then undefined.
         TypeError, ValueError: an argument is not as above.
     """
+    check_type("decode: payload", payload, Tensor, "a uint8 Tensor")
     out_features, in_features = _C.payload_shape(payload)
     row_begin, row_end = rows or (0, out_features)
     col_begin, col_end = cols or (0, in_features)
@@ -108,6 +113,7 @@ def payload_info(payload: Tensor) -> dict[str, Any]:
     Raises:
         FormatError: header or chunk table is corrupt, truncated or of another version.
     """
+    check_type("payload_info: payload", payload, Tensor, "a uint8 Tensor")
     return _C.payload_info(payload)
 
 
@@ -117,6 +123,7 @@ def verify_payload(payload: Tensor) -> None:
     Raises:
         FormatError: the first difference found: chunk, expected and found.
     """
+    check_type("verify_payload: payload", payload, Tensor, "a uint8 Tensor")
     _C.verify_payload(payload)
 
 
@@ -129,6 +136,7 @@ def entropy(qweight: Tensor) -> float:
     Raises:
         TypeError: ``qweight`` is not int8.
     """
+    check_type("entropy: qweight", qweight, Tensor, "an int8 Tensor")
     if qweight.dtype != torch.int8:
         raise TypeError(f"entropy: qweight: expected torch.int8, got {qweight.dtype}")
     counts = torch.bincount(qweight.reshape(-1).view(torch.uint8).int(), minlength=256).double()

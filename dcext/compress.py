@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from dcext.calibrate.driver import Job, compress_blocks
@@ -17,6 +19,7 @@ from dcext.calibrate.recipes import CodedLayer, code_layer
 from dcext.calibrate.resume import ResumeFolder, job_key
 from dcext.calibrate.source import BlockSource
 from dcext.calibrate.stacks import Block, find_blocks, linear_layers
+from dcext.checks import check_model, check_type, shown
 from dcext.config import CALIBRATED, CompressionConfig
 from dcext.find import TIED, FilterFn, Found, find_matrices, left_float, make_filter, prepare_
 from dcext.loading import REPORT_ATTRIBUTE, forget_ties
@@ -86,20 +89,32 @@ def compress_(
         ``model``.
 
     Raises:
+        TypeError: an argument of another type, such as text instead of token ids.
         ValueError: nothing to compress, a tied weight only half of which passes the filter, weights with NaN,
             a calibration set that is missing, not wanted or of the wrong kind, a target out of reach.
     """
-    config = config or CompressionConfig()
-    _check_calibration(config, calibration)
+    check_model("compress_", model)
+    if config is None:
+        config = CompressionConfig()
+    expected = "a CompressionConfig, such as CompressionConfig(recipe='rate')"
+    check_type("compress_: config", config, CompressionConfig, expected)
+    _check_calibration(model, config, calibration)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(
+            f"compress_: filter_fn: expected a function of name and module, got {shown(filter_fn)}"
+        )
     passes = make_filter(filter_fn, include, exclude)
     prepare_(model, passes)
     found = find_matrices(model, passes)
     _leave_half_tied(model, found, chosen=any((filter_fn, include, exclude)))
     modules = found.modules
     if not modules:
+        filters = {"filter_fn": filter_fn, "include": include, "exclude": exclude}
+        used = {name: shown(value) for name, value in filters.items() if value is not None}
         raise ValueError(
-            "compress_: model: expected a module that contains linear layers, convolutions or embeddings, got none that "
-            "pass the filter" + (" (all are compressed)" if compressed_modules(model) else "")
+            f"compress_: {', '.join(used) or 'model'}: expected a module that contains linear layers, convolutions or "
+            f"embeddings, got none that pass {' and '.join(used.values()) or 'the filter'}"
+            + (" (all are compressed)" if compressed_modules(model) else "")
         )
     source = source or BlockSource()
     resume = None
@@ -120,17 +135,29 @@ def compress_(
     return model
 
 
-def _check_calibration(config: CompressionConfig, calibration: Calibration | None) -> None:
+def _check_calibration(
+    model: nn.Module, config: CompressionConfig, calibration: Calibration | None
+) -> None:
     if config.recipe not in CALIBRATED:
         if calibration is not None:
-            raise ValueError(f"compress_: calibration: recipe {config.recipe!r} takes none")
+            raise ValueError(
+                f"compress_: calibration: recipe {config.recipe!r} takes none, got {shown(calibration)}"
+            )
         return
     if calibration is None:
         raise ValueError(
             f"compress_: calibration: recipe {config.recipe!r} needs calibration text, got none; "
             "recipe 'data-free' needs none"
         )
-    tensors = [calibration] if isinstance(calibration, Tensor) else list(calibration.values())
+    expected = (
+        "token ids (dcext.calibrate.text.text_windows makes them of a text) or tensors by argument"
+    )
+    check_type("compress_: calibration", calibration, (Tensor, Mapping), expected)
+    by_name = {"": calibration} if isinstance(calibration, Tensor) else calibration
+    for name, tensor in by_name.items():
+        where = f"compress_: calibration: {name}".rstrip(": ")
+        check_type(where, tensor, Tensor)
+    tensors = list(by_name.values())
     if not tensors or any(tensor.numel() == 0 for tensor in tensors):
         raise ValueError("compress_: calibration: expected windows, got none")
     is_ids = isinstance(calibration, Tensor) and not calibration.is_floating_point()
@@ -138,6 +165,31 @@ def _check_calibration(config: CompressionConfig, calibration: Calibration | Non
         raise ValueError(
             "compress_: calibration: expected (windows, tokens) int64 or float inputs, got shape "
             f"{tuple(tensors[0].shape)} {tensors[0].dtype}"
+        )
+    _check_ids(model, by_name)
+
+
+def _check_ids(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Checks that a language model is calibrated on ids of its vocabulary: torch's own message would name nothing.
+
+    With images and the like, ids beyond the vocabulary may mark their places.
+    """
+    name = next(iter(tensors))
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    embedding = get_embeddings() if callable(get_embeddings) else None
+    first = list(inspect.signature(type(model).forward).parameters)[1:2]
+    reads_ids = ([name] if name else first) == ["input_ids"]
+    if not isinstance(embedding, nn.Embedding) or not reads_ids:
+        return
+    if not set(tensors) <= {"", "input_ids", "attention_mask"}:
+        return
+    where, ids = f"compress_: calibration: {name}".rstrip(": "), tensors[name]
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{where}: expected int64 token ids, got {ids.dtype}")
+    low, high, last = int(ids.min()), int(ids.max()), embedding.num_embeddings - 1
+    if low < 0 or high > last:
+        raise ValueError(
+            f"{where}: expected token ids from 0 to {last}, got {low if low < 0 else high}"
         )
 
 
@@ -242,10 +294,12 @@ class _Compression:
         )
         weights = sum(self.weights[name] for name in self.block_names)
         bits = 8 * (self.config.target_nbytes - fixed) / max(weights, 1)
-        if bits <= 0:
+        least, most = self.config.bits_limits
+        if not least <= bits <= most or bits == 0:
+            least, most = (int(fixed + limit * weights / 8) for limit in (least, most))
             raise ValueError(
                 f"compress_: target_nbytes: expected more than the {fixed} bytes that embeddings and float tensors "
-                f"take, got {self.config.target_nbytes}"
+                f"take, {least} to {most} bytes, got {self.config.target_nbytes} bytes"
             )
         return replace(self.config, target_nbytes=None, target_bits=bits)
 

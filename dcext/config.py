@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dcext.checks import check_type, shown
 from dcext.codec import CODECS
 
 RECIPES = ("rate", "paper", "data-free", "int8")
@@ -16,6 +17,17 @@ DEFAULT_RATIO = 2.2
 # per token W8A16 and 0.094 W8A8, against 0.083 and 0.093 (bench/results/quality.json).
 DEFAULT_PACKED_BITS = 4.25
 CALIBRATED = ("rate", "paper")
+# Least and most stored bits per weight that may be asked for: of recipe "rate" by how its codec stores them, of others.
+ENTROPY_LIMITS, PACKED_LIMITS, OTHER_LIMITS = (0.3, 7.5), (2.1, 6.0), (0.0, 8.0)
+_NUMBERS = {
+    "target_bits": (int, float, type(None)),
+    "target_ratio": (int, float, type(None)),
+    "target_nbytes": (int, type(None)),
+    "alpha": (int, float, str),
+    "sparsity": (int, float),
+    "level": (int, type(None)),
+    "seed": (int,),
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,8 @@ class CompressionConfig:
         seed: of what recipe ``"rate"`` draws.
 
     Raises:
-        ValueError: a choice that does not exist, or more than one target.
+        TypeError: a number that is none.
+        ValueError: a choice that does not exist, a number out of reach, or more than one target.
     """
 
     recipe: str = "rate"
@@ -71,10 +84,15 @@ class CompressionConfig:
             value = getattr(self, field)
             if value not in known:
                 expected = " or ".join(repr(choice) for choice in known)
-                raise ValueError(f"CompressionConfig: {field}: expected {expected}, got {value!r}")
+                raise ValueError(
+                    f"CompressionConfig: {field}: expected {expected}, got {shown(value)}"
+                )
+        for field, kinds in _NUMBERS.items():
+            expected = "a whole number" if float not in kinds else "a number"
+            check_type(f"CompressionConfig: {field}", getattr(self, field), kinds, expected)
         if self.level is not None and (self.codec != "zstd" or not 1 <= self.level <= 22):
             raise ValueError(
-                "CompressionConfig: level: expected None, or 1..22 with codec 'zstd', "
+                "CompressionConfig: level: expected 1..22 with codec 'zstd', or none, "
                 f"got {self.level} with codec {self.codec!r}"
             )
         self._check_target()
@@ -88,17 +106,29 @@ class CompressionConfig:
         }
         if targets and self.recipe not in ("rate", "data-free"):
             raise ValueError(
-                f"CompressionConfig: {next(iter(targets))}: expected recipe 'rate' or 'data-free', got {self.recipe!r}"
+                f"CompressionConfig: {', '.join(targets)}: expected recipe 'rate' or 'data-free', got {self.recipe!r}"
             )
-        if len(targets) > 1 or any(not 0 < value < math.inf for value in targets.values()):
+        if len(targets) > 1:
             raise ValueError(
-                f"CompressionConfig: target: expected one of bits, ratio and nbytes, positive, got {targets}"
+                f"CompressionConfig: {', '.join(targets)}: expected only one of them, got {list(targets.values())}"
             )
+        for name, value in targets.items():
+            least, most = self.bits_limits
+            if name == "target_ratio":
+                least, most = 8 / most, 8 / least if least else math.inf
+            if name == "target_nbytes":
+                least, most = 1, math.inf
+            if not least <= value <= most or value in (0, math.inf):
+                raise ValueError(
+                    f"CompressionConfig: {name}: expected {least:.4g} to {most:.4g} with recipe {self.recipe!r} and codec "
+                    f"{self.codec!r}, got {value}"
+                )
 
     def _check_paper(self) -> None:
-        if self.recipe != "paper" and (self.alpha != "model" or self.sparsity != 0):
+        wrong = ", ".join(["alpha"] * (self.alpha != "model") + ["sparsity"] * (self.sparsity != 0))
+        if self.recipe != "paper" and wrong:
             raise ValueError(
-                f"CompressionConfig: alpha, sparsity: expected recipe 'paper', got {self.recipe!r}"
+                f"CompressionConfig: {wrong}: expected recipe 'paper', got {self.recipe!r}"
             )
         if isinstance(self.alpha, str):
             if self.alpha not in ("model", "layer"):
@@ -109,6 +139,13 @@ class CompressionConfig:
             raise ValueError(f"CompressionConfig: alpha: expected 0 to 1, got {self.alpha}")
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"CompressionConfig: sparsity: expected 0 to 1, got {self.sparsity}")
+
+    @property
+    def bits_limits(self) -> tuple[float, float]:
+        """Least and most stored bits per weight that may be asked for."""
+        if self.recipe != "rate":
+            return OTHER_LIMITS
+        return PACKED_LIMITS if self.codec == "packed" else ENTROPY_LIMITS
 
     @property
     def bits(self) -> float:

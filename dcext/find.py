@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune, remove_weight_norm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from dcext.checks import check_type
 from dcext.nn.compressed import CompressedModule
 from dcext.nn.matrix import kind_of
 from dcext.nn.split import ITEMS_SUFFIX, Split, split_, split_of, splits_of
@@ -227,15 +228,17 @@ def make_filter(filter_fn: FilterFn | None, include: str | None, exclude: str | 
         exclude: a regular expression; names in which it is found do not pass.
 
     Raises:
+        TypeError: a pattern that is no text.
         ValueError: not a regular expression.
     """
     patterns = {}
     for option, pattern in (("include", include), ("exclude", exclude)):
+        check_type(f"compress_: {option}", pattern, (str, type(None)), "a regular expression")
         try:
             patterns[option] = None if pattern is None else re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"{option}: expected a regular expression, got {pattern!r}: {error}"
+                f"compress_: {option}: expected a regular expression, got {pattern!r}: {error}"
             ) from None
     wanted, unwanted = patterns["include"], patterns["exclude"]
 

@@ -11,10 +11,12 @@ from torch import nn
 
 from dcext.calibrate.source import BlockSource, ShardSource
 from dcext.calibrate.stacks import find_blocks
+from dcext.checks import require
 from dcext.format import CheckpointReader
 from dcext.format.manifest import MANIFEST_NAME
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+HUB_TIMEOUT_S = 10.0
 
 
 def load_float_model(
@@ -34,14 +36,17 @@ def load_float_model(
         FileNotFoundError: a path that does not exist, or a folder without a model.
         ImportError: the tokenizer needs a package that is not installed.
         ValueError: a folder that dcext wrote: it is compressed already; or weights that are damaged.
-        OSError: a hub name that cannot be had; the message is transformers' own.
+        OSError: a hub name that cannot be had: name and reason.
     """
+    require("transformers", "hf")
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
     source, arguments = _locate(str(model))
-    tokenizer = load_processor(source, needed=needs_tokenizer, **arguments)
+    if not Path(source).exists():
+        _check_name(source)
     config = AutoConfig.from_pretrained(source, **arguments)
+    tokenizer = load_processor(source, needed=needs_tokenizer, **arguments)
     if dtype != "auto" or "gguf_file" not in arguments:
         arguments["dtype"] = dtype
     try:
@@ -51,6 +56,25 @@ def load_float_model(
             f"{source}: weights: expected whole safetensors files, got one that cannot be read: {error}"
         ) from None
     return loaded.eval(), tokenizer
+
+
+def _check_name(name: str) -> None:
+    """Asks the hub once whether it has a model, unless it is in the cache: transformers asks for half a minute.
+
+    Raises:
+        OSError: the hub has none, or cannot be reached: name and reason.
+    """
+    from huggingface_hub import model_info, try_to_load_from_cache
+
+    try:
+        if try_to_load_from_cache(name, "config.json") is None:
+            model_info(name, timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # of the HTTP library, which depends on the hub library's version
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"{name}: expected a model folder, a .gguf file or a name on the hub, found no such file, and no such name "
+            f"that can be had: {reason}"
+        ) from error
 
 
 def _class_of(config: Any) -> Any:
@@ -153,6 +177,8 @@ def load_lazy_model(
         FileNotFoundError: no such folder, or no config.json or safetensors file in it.
         ValueError: a parameter that no file holds.
     """
+    for package in ("transformers", "accelerate"):
+        require(package, "hf")
     from accelerate import init_empty_weights
     from transformers import AutoConfig, GenerationConfig
 

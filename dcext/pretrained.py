@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcext.checks import check_model, check_type, require, shown, torch_dtype
 from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.format import CheckpointReader, write_checkpoint
@@ -30,10 +31,11 @@ from dcext.loading import (
 from dcext.nn.compressed import CompressedModule, compressed_modules
 from dcext.nn.placement import check_device, place
 from dcext.offloading.apply import apply
+from dcext.offloading.device_budget import MODES
 from dcext.offloading.offload import offload
 from dcext.policy.plan import Plan
 from dcext.quantize.report import CompressionReport
-from dcext.sizes import parse_nbytes
+from dcext.sizes import check_nbytes, parse_nbytes
 
 # Of a float tensor that becomes three: headers, hashes, its row in the report.
 SIDE_NBYTES_PER_TENSOR = 600
@@ -47,7 +49,7 @@ def save_pretrained(
     tokenizer: Any = None,
     *,
     config: CompressionConfig | None = None,
-    max_shard_nbytes: int = 5_000_000_000,
+    max_shard_nbytes: int | str = 5_000_000_000,
     overwrite: bool = False,
     beside: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -59,21 +61,29 @@ def save_pretrained(
         directory: the target; missing or empty, or with ``overwrite`` an earlier checkpoint.
         tokenizer: a transformers tokenizer or processor to store beside it, or None.
         config: recorded in ``config.json`` for those who ask how the model was made; None for what its report says.
-        max_shard_nbytes: a shard is closed before it passes this size.
+        max_shard_nbytes: a shard is closed before it passes this size, bytes or ``"5GB"``.
         overwrite: whether an earlier checkpoint may be replaced. Files beside it that are not part of it are kept.
         beside: whether the target may hold other files, which are kept, such as those of a tokenizer.
         progress: called with the number of bytes written since the last call.
 
     Raises:
+        TypeError: an argument is of another kind, such as a name in place of what it names.
         ValueError: ``model`` has no transformers config, or nothing in it is compressed.
         FileExistsError: the target holds something else.
     """
+    check_model("save_pretrained", model)
+    if not hasattr(tokenizer, "save_pretrained") and tokenizer is not None:
+        raise TypeError(
+            f"save_pretrained: tokenizer: expected a tokenizer that is loaded, or None, got {shown(tokenizer)}"
+        )
+    check_type("save_pretrained: config", config, (CompressionConfig, type(None)))
     modules = compressed_modules(model)
     if not hasattr(getattr(model, "config", None), "save_pretrained") or not modules:
         raise ValueError(
             "save_pretrained: model: expected a compressed transformers model, got "
             f"{type(model).__name__} with {len(modules)} compressed modules"
         )
+    max_shard_nbytes = parse_nbytes("max_shard_nbytes", max_shard_nbytes)
     report = getattr(model, REPORT_ATTRIBUTE, None)
     how = _how(model, report) if config is None else config.to_dict()
     files = _side_files(model, tokenizer)
@@ -189,7 +199,7 @@ def save_for_transformers(
 
 def from_pretrained(
     directory: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     *,
     device: torch.device | str = "cpu",
     host_memory: int | str | None = None,
@@ -202,7 +212,9 @@ def from_pretrained(
     revision: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Loads a model that ``save_pretrained`` wrote, every byte verified, without ever holding its float weights.
+    """Loads a model that ``save_pretrained`` wrote, every byte of it verified, without ever holding its float weights.
+
+    A tokenizer beside it may have been edited or saved anew: ``dcext verify`` and who reads it through dcext tell.
 
     The loader is transformers' own, with the quantizer of ``dcext.integrations.hf``; any number of threads may load.
 
@@ -212,7 +224,7 @@ def from_pretrained(
 
     Args:
         directory: the folder, or a name on the Hugging Face hub.
-        dtype: what to compute in; None for the dtype of the model that was compressed.
+        dtype: what to compute in, such as ``torch.bfloat16`` or ``"bfloat16"``; None for the dtype of the model that was compressed.
         device: where the weights are resident, compressed, and the model runs (``dcext.nn.place``).
         host_memory: bytes for weights, or a size such as ``"4GiB"``; None for as much as they need.
         device_memory: the same on the device.
@@ -228,15 +240,25 @@ def from_pretrained(
         The transformers model, in evaluation mode.
 
     Raises:
+        OSError: a hub name that cannot be had.
         RuntimeError: as ``dcext.nn.place``.
+        TypeError: an argument is of another kind, such as a dtype in place of a device.
         ValueError: a budget is too small: by how much; or there is one that the device does not have.
-        FileNotFoundError: no such folder.
+        FileNotFoundError, NotADirectoryError: no such folder.
         FormatError: not a dcext checkpoint, or one that is damaged: file and tensor, expected and found.
     """
+    check_type(
+        "from_pretrained: directory", directory, (str, Path), "a folder or a name on the hub"
+    )
+    dtype = torch_dtype("from_pretrained: dtype", dtype)
+    if mode not in MODES:
+        raise ValueError(f"from_pretrained: mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    require("transformers", "hf")
+    on = check_device("from_pretrained", "what is to run there", device)
     has_budget = host_memory is not None or device_memory is not None
     if plan is not None:
-        _check_plan(torch.device(device), plan, has_budget)
-    _check_budgets(torch.device(device), host_memory, device_memory)
+        _check_plan(on, plan, has_budget)
+    _check_budgets(on, host_memory, device_memory)
     reader = CheckpointReader(_local_folder(directory, revision))
     report = progress or (lambda nbytes: None)
     model = _load(reader, model_class, dtype, has_budget or plan is not None, report, kwargs)
@@ -259,6 +281,8 @@ def from_pretrained(
 
 def _check_plan(device: torch.device, plan: Plan, has_budget: bool) -> None:
     """Before anything is read."""
+    expected = "a Plan, from dcext.plan or of a file by dcext.policy.plan.load_plan"
+    check_type("from_pretrained: plan", plan, Plan, expected)
     if has_budget:
         raise ValueError("from_pretrained: plan: expected no budget beside it, got one")
     if plan.on_device and device.type == "cpu":
@@ -269,16 +293,13 @@ def _check_plan(device: torch.device, plan: Plan, has_budget: bool) -> None:
         raise ValueError(
             f"from_pretrained: device: expected 'cpu' beside a plan for it, got {str(device)!r}"
         )
-    check_device("from_pretrained", "a plan for one", device)
 
 
 def _check_budgets(
     device: torch.device, host_memory: int | str | None, device_memory: int | str | None
 ) -> None:
     """Before anything is read."""
-    for name, size in (("host_memory", host_memory), ("device_memory", device_memory)):
-        if size is not None:
-            parse_nbytes(name, size)
+    check_nbytes(host_memory=host_memory, device_memory=device_memory)
     if device.type == "cpu" and device_memory is not None:
         raise ValueError(
             f"from_pretrained: device_memory: expected None with device 'cpu', got {device_memory!r}"
@@ -299,7 +320,13 @@ def _local_folder(directory: str | Path, revision: str | None) -> Path:
         return path  # more likely a folder that is missing
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, revision=revision))
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"{name}: expected a folder or a name on the hub, found no folder, and no such name that can be had: {reason}"
+        ) from error
 
 
 def _load(
@@ -310,12 +337,15 @@ def _load(
     progress: Callable[[int], None],
     kwargs: dict[str, Any],
 ) -> nn.Module:
-    files = reader.read_files()  # verified
-    if "config.json" not in files:
+    if "config.json" not in reader.file_names:
         raise FormatError(
             f"{reader.directory}: expected config.json in the manifest, found {reader.file_names}"
         )
-    config = parse_json_object(files["config.json"], "config.json")
+    config = parse_json_object(reader.read_file("config.json"), "config.json")
+    if "generation_config.json" in reader.file_names:
+        reader.read_file(
+            "generation_config.json"
+        )  # which transformers reads, and knows no checksums
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise FormatError(

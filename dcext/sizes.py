@@ -19,6 +19,7 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+MOST_NBYTES = 2**63 - 1  # that torch and the system can count
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -30,16 +31,30 @@ def parse_nbytes(name: str, size: int | str) -> int:
         size: bytes, or a number and a unit: B, KB, MB, GB, TB (powers of 1000), KiB .. TiB (of 1024).
 
     Raises:
-        ValueError: anything else, or a negative number.
+        ValueError: anything else, a negative number, or more than any machine has.
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+    if isinstance(size, int) and not isinstance(size, bool) and 0 <= size <= MOST_NBYTES:
         return size
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    if match is None or match[2].upper() not in _UNITS:
+    nbytes = None
+    if match is not None and match[2].upper() in _UNITS:
+        nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if nbytes is None or nbytes > MOST_NBYTES:
         raise ValueError(
             f"{name}: expected bytes or a size such as '8GiB' or '500MB', got {size!r}"
         )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return nbytes
+
+
+def check_nbytes(**sizes: int | str | None) -> None:
+    """Checks sizes, by the names of their arguments, long before they are needed; None is none.
+
+    Raises:
+        ValueError: as ``parse_nbytes``.
+    """
+    for name, size in sizes.items():
+        if size is not None:
+            parse_nbytes(name, size)
 
 
 def format_nbytes(nbytes: int) -> str:

@@ -77,6 +77,8 @@ def write_checkpoint(
         ValueError: a tensor that is not on the CPU or has a dtype that safetensors lacks, or a reserved name.
     """
     _check_arguments(tensors, files)
+    if max_shard_nbytes < 1:
+        raise ValueError(f"max_shard_nbytes: expected at least 1, got {max_shard_nbytes}")
     target = Path(directory).resolve()  # a link stays, and what it points to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target, lambda: check_target(target, overwrite, beside)) as folder:
@@ -168,7 +170,9 @@ def check_target(target: Path, overwrite: bool, beside: bool = False) -> None:
             f"{target}: expected a new or empty folder, found {found.name!r}, which is not dcext's"
         )
     if not overwrite:
-        raise FileExistsError(f"{target}: holds a dcext checkpoint; pass overwrite to replace it")
+        raise FileExistsError(
+            f"{target}: expected a new or empty folder, found a dcext checkpoint: pass overwrite=True to replace it"
+        )
 
 
 def _check_beside(target: Path) -> None:

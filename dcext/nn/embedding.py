@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dcext.checks import check_type
 from dcext.codec import decode, encode
 from dcext.nn.compressed import CompressedModule
 from dcext.quantize import quantize_absmax
@@ -69,8 +70,11 @@ class DCEmbedding(CompressedModule, nn.Embedding):
         """Quantizes an ``nn.Embedding`` to INT8 (absmax per ``"row"`` or per ``"tensor"``) and encodes it.
 
         Raises:
+            TypeError: another kind of module.
             ValueError: its weights hold NaN or infinity, or it renormalizes rows (``max_norm``).
         """
+        expected = "a torch.nn.Embedding"
+        check_type("DCEmbedding.from_float: embedding", embedding, nn.Embedding, expected)
         if embedding.max_norm is not None:
             raise ValueError(f"DCEmbedding: max_norm: expected None, got {embedding.max_norm}")
         qweight, row_scale = quantize_absmax(embedding.weight, granularity)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dcext import ops  # noqa: F401  (registers linear)
+from dcext.checks import check_type
 from dcext.codec import encode
 from dcext.config import ACTIVATIONS
 from dcext.nn.compressed import CompressedModule
@@ -239,8 +240,10 @@ class DCLinear(CompressedLinear, nn.Linear):  # type: ignore[override, misc]
         """Quantizes an ``nn.Linear`` to INT8 (absmax per ``"row"`` or per ``"tensor"``) and encodes it.
 
         Raises:
+            TypeError: another kind of module.
             ValueError: its weights hold NaN or infinity, or a name is unknown.
         """
+        check_type("DCLinear.from_float: linear", linear, nn.Linear, "a torch.nn.Linear")
         qweight, row_scale = quantize_absmax(linear.weight, granularity)
         bias = linear.bias
         return cls.from_qweight(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcext.checks import check_model, torch_device
 from dcext.errors import FormatError
 from dcext.nn.blocks import block_modules
 from dcext.nn.compressed import CompressedModule
@@ -59,21 +60,24 @@ def blocks_of(model: nn.Module) -> dict[int, str]:
     return {id(module): name for name, block in blocks for module in block.modules()}
 
 
-def check_device(function: str, wanted_for: str, device: torch.device) -> None:
-    """Whether torch finds it.
+def check_device(function: str, wanted_for: str, device: object) -> torch.device:
+    """A device that torch finds.
 
     Args:
         function: that needs it, for the message.
         wanted_for: what needs it.
-        device: any.
+        device: as callers write it.
 
     Raises:
+        TypeError, ValueError: no device.
         RuntimeError: it is a GPU and there is none.
     """
-    if device.type == "cuda" and not torch.cuda.is_available():
+    found = torch_device(f"{function}: device", device)
+    if found.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
             f"{function}: device: expected a GPU for {wanted_for}, as torch finds none, got {str(device)!r}"
         )
+    return found
 
 
 def place(model: nn.Module, device: torch.device | str) -> None:
@@ -84,7 +88,8 @@ def place(model: nn.Module, device: torch.device | str) -> None:
     Raises:
         RuntimeError: torch finds no such device, or dcext was built without CUDA and weights are zstd.
     """
-    device = torch.device(device)
+    check_model("place", model)
+    device = torch_device("place: device", device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
             f"place: device: expected 'cpu', as torch finds no GPU, got {str(device)!r}"

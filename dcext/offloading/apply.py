@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcext.checks import check_model, check_type
 from dcext.nn.placement import check_device
 from dcext.offloading.device import check_device_tiers, place_on_device
 from dcext.offloading.passes import gate_of
@@ -63,6 +64,9 @@ def apply(
         RuntimeError: there is no such device.
         ValueError: a layer or tier that the model does not have, or that cannot be where the model runs.
     """
+    check_model("apply", model)
+    expected = "a Plan, from dcext.plan or of a file by dcext.policy.plan.load_plan"
+    check_type("apply: plan", plan, Plan, expected)
     weights = all_weights(model) if plan.on_device else weights_of(model)
     _check(plan, weights)
     report = progress or (lambda nbytes: None)
@@ -71,7 +75,7 @@ def apply(
         report(weight.module.num_weights)
 
     if plan.on_device:
-        check_device("apply", "a plan for one", device := torch.device(device))
+        device = check_device("apply", "a plan for one", device)
         check_device_tiers(model, weights, plan.tiers)
         with gate_of(model).between_passes():
             result = place_on_device(

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from dcext.checks import check_model, torch_device
 from dcext.nn.placement import check_device
 from dcext.offloading.apply import move_weights
 from dcext.offloading.device import place_on_device
-from dcext.offloading.device_budget import device_tiers, plan_device
+from dcext.offloading.device_budget import MODES, device_tiers, plan_device
 from dcext.offloading.spread import spread_evenly
 from dcext.offloading.state import (
     LEAST_SLOTS_NBYTES,
@@ -62,15 +63,20 @@ def offload(
         Where each weight is, with statistics; also ``model.dcext_offload``.
 
     Raises:
+        TypeError: no model, or no device.
         ValueError: the model does not come from files, is not on the CPU, or a budget is too small: by how much.
         FormatError: what is read into memory is damaged.
         RuntimeError: there is no such device, or dcext was built without CUDA.
     """
+    check_model("offload", model)
+    on = torch_device("offload: device", device)
+    if mode not in MODES:
+        raise ValueError(f"offload: mode: expected one of {', '.join(MODES)}, got {mode!r}")
     report = progress or (lambda nbytes: None)
     if device_memory is not None:
         budget = parse_nbytes("device_memory", device_memory)
         host = None if host_memory is None else parse_nbytes("host_memory", host_memory)
-        result = _offload_to_device(model, torch.device(device), budget, host, mode, report)
+        result = _offload_to_device(model, on, budget, host, mode, report)
     elif host_memory is not None:
         budget = parse_nbytes("host_memory", host_memory)
         result = _offload_to_disk(model, budget, page_cache, report)

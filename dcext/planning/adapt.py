@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcext.checks import check_model
 from dcext.offloading.apply import apply
 from dcext.offloading.passes import gate_of
 from dcext.offloading.weights import weights_of
@@ -25,6 +26,7 @@ from dcext.profiling.explore import Exploration
 from dcext.profiling.observe import Forward, Progress
 from dcext.profiling.observe_disk import PassSample, StreamMeter, typical_sample
 from dcext.profiling.study import Study, checked_mix, study
+from dcext.sizes import check_nbytes
 
 DRIFT = 1.15  # a pass that takes so much longer or shorter than predicted calls for another look
 DRIFTING_PASSES = 3  # such passes one after the other
@@ -265,7 +267,9 @@ def adapt(
     Raises:
         BudgetError, ValueError: as ``dcext.plan``.
     """
-    lengths = tuple(checked_mix(tokens, mix))
+    check_model("adapt", model)
+    lengths = tuple(checked_mix(tokens, mix, slowdown))
+    check_nbytes(host_memory=host_memory)
     studied = study(model, lengths, machine=machine, forward=forward, progress=progress)
     if studied.machine.device is not None:
         name = studied.machine.name

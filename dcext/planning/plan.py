@@ -7,10 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
+from dcext.checks import check_model
 from dcext.policy.machine import Machine
 from dcext.policy.plan import Plan
 from dcext.profiling.observe import Forward, Progress
 from dcext.profiling.study import DEVICE, checked_mix, study
+from dcext.sizes import check_nbytes
 
 
 def plan(
@@ -52,7 +54,9 @@ def plan(
         RuntimeError: there is ``device_memory``, and neither a ``machine`` nor a GPU.
         ValueError: an argument is not as above.
     """
-    lengths = tuple(checked_mix(tokens, mix))
+    check_model("plan", model)
+    lengths = tuple(checked_mix(tokens, mix, slowdown))
+    check_nbytes(host_memory=host_memory, device_memory=device_memory)
     device = None if device_memory is None else DEVICE
     studied = study(
         model, lengths, machine=machine, device=device, forward=forward, progress=progress

@@ -25,10 +25,10 @@ def check_plot(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(
-            f"{path}: expected a name ending in .png, got {path.suffix or 'no suffix'}"
+            f"plot: {path}: expected a name ending in .png, got {path.suffix or 'no suffix'}"
         )
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path}: expected a folder {path.parent}, found none")
+        raise FileNotFoundError(f"plot: {path}: expected a folder {path.parent}, found none")
     new_figure(1, 1)
 
 

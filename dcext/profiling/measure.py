@@ -87,9 +87,10 @@ def tune(
         OSError: the folder cannot be written to.
         RuntimeError: there is no such device.
     """
-    on = None if device is None else torch.device(device)
-    if on is not None:
-        check_device("tune", "its figures", on)
+    if folder is not None and not Path(folder).is_dir():
+        found = "a file" if Path(folder).exists() else "none"
+        raise FileNotFoundError(f"tune: folder: {folder}: expected a folder, found {found}")
+    on = None if device is None else check_device("tune", "its figures", device)
     place = Path(folder) if folder is not None else cache_path({}).parent
     if folder is None:
         place.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dcext.checks import check_model, check_type
+from dcext.errors import FormatError
 from dcext.offloading.state import LEAST_SLOTS_NBYTES, other_nbytes, slots_for
 from dcext.offloading.weights import weights_of
 from dcext.policy.decide import Budget, BudgetError, Decider
@@ -73,7 +75,7 @@ class Study:
         quick: bool = False,
     ) -> Plan:
         """See ``plan``; ``quick`` takes a fraction of the time for plans that are nearly as good."""
-        mix = checked_mix(tokens, mix)
+        mix = checked_mix(tokens, mix, slowdown)
         host = None if host_memory is None else parse_nbytes("host_memory", host_memory)
         device = None if device_memory is None else parse_nbytes("device_memory", device_memory)
         on_device = self.machine.device is not None
@@ -81,8 +83,6 @@ class Study:
             raise ValueError(
                 f"device_memory: expected a machine with a device, got {self.machine.name!r} without one"
             )
-        if slowdown is not None and slowdown < 0:
-            raise ValueError(f"slowdown: expected at least 0, got {slowdown}")
         objective = "least time in the memory that is free"
         free = host is None and slowdown is None and bool(self.machine.identity)
         if free:
@@ -130,16 +130,28 @@ class Study:
         return decider.plan(decider.smallest_within(bound, budget), budget, objective)
 
 
-def checked_mix(tokens: int, mix: Mapping[int, float] | None) -> dict[int, float]:
-    """Passes by their number of tokens.
+def checked_mix(
+    tokens: int, mix: Mapping[int, float] | None, slowdown: float | None
+) -> dict[int, float]:
+    """Passes by their number of tokens, once what is asked for is known to make sense.
 
     Raises:
-        ValueError: not positive numbers.
+        TypeError: no numbers.
+        ValueError: not positive numbers, or a negative slowdown.
     """
-    mix = {tokens: 1.0} if mix is None else dict(mix)
-    if not mix or any(n < 1 or not 0 < weight < float("inf") for n, weight in mix.items()):
+    expected = "a share such as 0.05"
+    check_type("slowdown", slowdown, (int, float, type(None)), expected)
+    if slowdown is not None and not 0 <= slowdown < math.inf:
+        raise ValueError(f"slowdown: expected {expected}, at least 0, got {slowdown}")
+    if mix is None:
+        check_type("tokens", tokens, int, "a number of tokens")
+        if tokens < 1:
+            raise ValueError(f"tokens: expected at least 1, got {tokens}")
+        return {tokens: 1.0}
+    check_type("mix", mix, Mapping, "numbers of passes by their tokens, such as {1: 200, 512: 1}")
+    if not mix or any(n < 1 or not 0 < weight < math.inf for n, weight in mix.items()):
         raise ValueError(f"mix: expected positive numbers of passes by their tokens, got {mix}")
-    return mix
+    return dict(mix)
 
 
 def study(
@@ -152,8 +164,12 @@ def study(
     progress: Progress | None = None,
 ) -> Study:
     """Describes a model and takes its times, see ``plan``; where it is to run on a device of this machine, no times."""
+    check_model("plan", model)
     report = progress or (lambda what, share: None)
-    weights = weights_of(model)
+    try:
+        weights = weights_of(model)
+    except ValueError as error:
+        raise ValueError(f"plan: {error}") from None
     here = machine is None and device is None
     found = _machine(machine, device)
     describing = DESCRIBING if here else 1.0
@@ -241,4 +257,10 @@ def _machine(machine: Machine | str | Path | None, device: str | None = None) ->
         return tune() if device is None else tune(device=device)
     if isinstance(machine, Machine):
         return machine
-    return load_machine(machine) if Path(machine).is_file() else preset(str(machine))
+    check_type("machine", machine, (str, Path), "a Machine, a file or a preset's name")
+    if not Path(machine).is_file():
+        return preset(str(machine))
+    try:
+        return load_machine(machine)
+    except FormatError as error:
+        raise FormatError(f"machine: {error}") from None
