@@ -21,8 +21,8 @@ HASH_NBYTES = 4 << 20
 class CheckpointReader:
     """An open checkpoint. Every byte that it hands out can be checked against the manifest.
 
-    Opening validates manifest, names and sizes of all files, and the headers of the shards; data are read when asked
-    for. The files stay mapped until the reader and all tensors taken from it are gone; nothing has to be closed. One
+    Opening validates the manifest, names of all files, and sizes and headers of the shards; data, and small files, are
+    read when asked for. The files stay mapped until the reader and all tensors taken from it are gone; nothing has to be closed. One
     that another process shrinks meanwhile faults (SIGBUS), as with any mapping. ``write_checkpoint`` never does that: it
     replaces whole folders.
     """
@@ -35,13 +35,16 @@ class CheckpointReader:
             partial: whether small files may be missing, as in the cache of a hub, which holds what was asked for.
 
         Raises:
-            FileNotFoundError: no such folder.
+            FileNotFoundError, NotADirectoryError: no such folder.
             FormatError: not a dcext checkpoint, or one that is damaged: file, expected and found.
         """
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise FileNotFoundError(
-                f"{self.directory}: expected a folder that `dcext compress` or save_pretrained wrote, found none"
+            is_file = self.directory.exists()
+            kind = NotADirectoryError if is_file else FileNotFoundError
+            raise kind(
+                f"{self.directory}: expected a folder that `dcext compress` or save_pretrained wrote, found "
+                f"{'a file' if is_file else 'none'}"
             )
         self._files = self._read_manifest()
         self._views: dict[str, memoryview] = {}
@@ -52,12 +55,13 @@ class CheckpointReader:
                 continue
             if not path.is_file():
                 raise FormatError(f"{path}: expected {entry['nbytes']} bytes, found no such file")
+            if "tensors" not in entry:
+                continue  # read_file checks it: an edited tokenizer must not keep the weights from being loaded
             if path.stat().st_size != entry["nbytes"]:
                 raise FormatError(
                     f"{path}: expected {entry['nbytes']} bytes, found {path.stat().st_size}"
                 )
-            if "tensors" in entry:
-                self._open_shard(name, entry)
+            self._open_shard(name, entry)
 
     def _read_manifest(self) -> dict[str, dict[str, Any]]:
         path = self.directory / MANIFEST_NAME
@@ -191,8 +195,15 @@ class CheckpointReader:
             KeyError: the manifest has no such file.
             FormatError: its bytes are not those that were written.
         """
-        data = (self.directory / name).read_bytes()
-        _compare(name, self._files[name]["xxh3_64"], hash_bytes(data))
+        path = self.directory / name
+        data, entry = path.read_bytes(), self._files[name]
+        found = hash_bytes(data)
+        if found != entry["xxh3_64"]:
+            raise FormatError(
+                f"{path}: checksum: expected {entry['xxh3_64']} of {entry['nbytes']} bytes, found {found} of {len(data)}: "
+                "restore it; or, if you edited it or saved a tokenizer there, seal the folder as it is: "
+                "dcext.save_pretrained(dcext.from_pretrained(FOLDER), FOLDER, overwrite=True)"
+            )
         return data
 
 
