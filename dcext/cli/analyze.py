@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dcext.cli.inputs import read_text
 from dcext.cli.output import JsonOption, console, print_json
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def analyze(
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if plot is not None:
         check_plot(plot)
-    content = None if text is None else _read_text(text, max_tokens)
+    content = None if text is None else read_text("--text", text, 16 * max_tokens + 1024)
     float_model, tokenizer = load_float_model(model, dtype)
     ids = None
     if content is not None:
@@ -68,18 +69,6 @@ def analyze(
             console().print(_inputs_table(analysis))
     if plot is not None:
         plot_analysis(analysis, plot)
-
-
-def _read_text(path: Path, max_tokens: int) -> str:
-    """The start of a text: enough for ``max_tokens``, whatever the tokenizer."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            content = file.read(16 * max_tokens + 1024)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found {error.reason}") from None
-    if not content:
-        raise ValueError(f"{path}: expected text, found an empty file")
-    return content
 
 
 def _windows(model: Any, tokenizer: Any, content: str, max_tokens: int, context: int) -> Any:

@@ -193,18 +193,22 @@ def plan(
     """Choose for each layer where to keep it and how, for least time in the memory that is free, or that is given."""
     from dcext.plots.figure import check_plot
     from dcext.plots.plan import TERMINAL, plot_plan
+    from dcext.profiling.study import checked_mix
+    from dcext.sizes import check_nbytes
 
     if plot not in (None, TERMINAL):
         check_plot(str(plot))
     if (folder is None) == (shapes is None):
         raise ValueError(
-            "plan: expected either OUT, a folder that `dcext compress` wrote, or --shapes"
+            "plan: expected either OUT, a folder that `dcext compress` wrote, or --shapes, got "
+            + ("neither" if folder is None else "both")
         )
     if measure and (machine is not None or shapes is not None):
         raise ValueError("--measure: expected a model and this machine, got --machine or --shapes")
     if measure and device_memory is not None:
         raise ValueError("--measure: expected a plan for the CPU, got --device-memory")
-    mix = parse_mix(tokens)
+    mix = checked_mix(1, parse_mix(tokens), parse_share(slowdown))
+    check_nbytes(host_memory=host_memory, device_memory=device_memory)
     on_device = device_memory is not None
     model: Any = None
     forward: Any = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from dcext.cli.inputs import load_file, read_text
 from dcext.cli.output import (
     JsonOption,
     OutFolder,
@@ -76,7 +78,8 @@ def evaluate(
     from dcext.nn.placement import raise_if_damaged
     from dcext.offloading.state import offload_of
 
-    content = text.read_text(encoding="utf-8")
+    # Enough text for max_tokens, whatever the tokenizer: a token has at least one byte.
+    content = read_text("--text", text, -1 if max_tokens is None else 16 * max_tokens + 1024)
     model, tokenizer = _load(
         folder,
         device=device,
@@ -86,9 +89,7 @@ def evaluate(
         page_cache=page_cache,
         plan=plan,
     )
-    # Enough text for max_tokens, whatever the tokenizer: a token has at least one byte.
-    limit = None if max_tokens is None else 16 * max_tokens + 1024
-    ids = torch.tensor(tokenizer(content[:limit], verbose=False).input_ids)[:max_tokens].to(device)
+    ids = torch.tensor(tokenizer(content, verbose=False).input_ids)[:max_tokens].to(device)
     with token_progress("evaluating", ids.numel()) as advance:
         result = perplexity(model, ids, context=context, progress=advance)
     raise_if_damaged(model)
@@ -131,11 +132,14 @@ def generate(
 ) -> None:
     """Continue a prompt; tokens appear as they are made."""
     import torch
-    from transformers import TextStreamer
 
     from dcext.nn.placement import raise_if_damaged
     from dcext.offloading.state import offload_of
 
+    if not prompt:
+        raise ValueError("--prompt: expected text to continue, got ''")
+    if not temperature < math.inf:
+        raise ValueError(f"--temperature: expected a number, got {temperature}")
     model, tokenizer = _load(
         folder,
         device=device,
@@ -145,10 +149,16 @@ def generate(
         page_cache=page_cache,
         plan=plan,
     )
+    if chat and not tokenizer.chat_template:
+        raise ValueError(
+            f"--chat: expected a tokenizer with a chat template in {folder}, found none"
+        )
     if chat:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    if inputs.input_ids.numel() == 0:
+        raise ValueError(f"--prompt: expected tokens, found none in {prompt!r}")
     inputs = inputs.to(device)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
@@ -156,6 +166,8 @@ def generate(
         sampling["temperature"] = temperature
     if tokenizer.pad_token_id is None:
         sampling["pad_token_id"] = tokenizer.eos_token_id
+    from transformers import TextStreamer
+
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     with torch.inference_mode():
         model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
@@ -172,7 +184,7 @@ def _load(folder: str, plan: Path | None, **options: Any) -> tuple[Any, Any]:
     from dcext.hub import load_tokenizer
     from dcext.policy.plan import load_plan
 
-    options["plan"] = None if plan is None else load_plan(plan)
+    options["plan"] = None if plan is None else load_file("--plan", plan, load_plan)
     with byte_progress("loading", CheckpointReader(folder).tensor_nbytes) as advance:
         model = dcext.from_pretrained(folder, progress=advance, **options)
     return model, load_tokenizer(folder)

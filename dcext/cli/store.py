@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dcext.cli.inputs import read_text, to_nbytes
 from dcext.cli.output import (
     JsonOption,
     OutFolder,
@@ -105,6 +106,7 @@ def compress(
     from dcext.calibrate.resume import remove_resume_folder
     from dcext.format.writer import check_target
     from dcext.hub import DTYPES
+    from dcext.plots.figure import check_plot
     from dcext.pretrained import side_nbytes
 
     if dtype not in DTYPES:
@@ -113,7 +115,7 @@ def compress(
         recipe=recipe,
         target_bits=bits,
         target_ratio=ratio,
-        target_nbytes=None if size_mb is None else int(size_mb * 1e6),
+        target_nbytes=None if size_mb is None else to_nbytes("--size-mb", size_mb, 1e6),
         alpha=alpha if alpha in ("model", "layer") else _number("--alpha", alpha),
         sparsity=sparsity,
         granularity=granularity,
@@ -123,6 +125,9 @@ def compress(
         seed=seed,
     )
     _check_calibration(recipe, calibration)
+    shard_nbytes = to_nbytes("--max-shard-gb", max_shard_gb, 1e9)
+    if plot is not None:
+        check_plot(plot)
     check_target(output.absolute(), overwrite)
     begin = time.perf_counter()
     needs_text = calibration is not None
@@ -131,8 +136,12 @@ def compress(
     if calibration is not None:
         windows = _windows(float_model, tokenizer, calibration, calibration_tokens, context)
     if config.target_nbytes is not None:
-        nbytes = config.target_nbytes - side_nbytes(float_model, tokenizer)
-        config = replace(config, target_nbytes=nbytes)
+        side = side_nbytes(float_model, tokenizer)
+        if config.target_nbytes <= side:
+            raise ValueError(
+                f"--size-mb: expected more than {side / 1e6:.3f}, for tokenizer and config, got {size_mb}"
+            )
+        config = replace(config, target_nbytes=config.target_nbytes - side)
     resume = output.absolute().parent / f".{output.name}.dcext-resume"
     with share_progress("compressing") as advance:
         dcext.compress_(
@@ -145,7 +154,7 @@ def compress(
             resume_dir=resume,
             source=source,
         )
-    _save(float_model, output, tokenizer, config, int(max_shard_gb * 1e9), overwrite)
+    _save(float_model, output, tokenizer, config, shard_nbytes, overwrite)
     remove_resume_folder(resume)
     report = float_model.dcext_report
     if plot is not None:
@@ -166,9 +175,12 @@ def _windows(model: Any, tokenizer: Any, calibration: Path, tokens: int, context
             f"--calibration: expected a model that reads text, got {type(model).__name__}; choose --recipe data-free, or "
             "calibrate in Python: dcext.compress_(model, config, {argument: tensor, ..})"
         )
-    text = calibration.read_text(encoding="utf-8")
+    text = read_text("--calibration", calibration)
     reader = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
-    return text_windows(reader, text, tokens=tokens, context=context)
+    try:
+        return text_windows(reader, text, tokens=tokens, context=context)
+    except ValueError as error:
+        raise ValueError(f"{error} (--calibration-tokens)") from None
 
 
 def _number(option: str, value: str) -> float:
@@ -183,13 +195,15 @@ def _check_calibration(recipe: str, calibration: Path | None) -> None:
 
     if recipe in CALIBRATED and calibration is None:
         raise ValueError(
-            f"--calibration: recipe {recipe!r} expects a text file, got none; "
+            f"--calibration: expected a text file for --recipe {recipe}, got none; "
             "give one, or choose --recipe data-free or int8"
         )
     if recipe not in CALIBRATED and calibration is not None:
-        raise ValueError(f"--calibration: recipe {recipe!r} takes none")
-    if calibration is not None and not calibration.is_file():
-        raise FileNotFoundError(f"--calibration: {calibration}: expected a file, found none")
+        raise ValueError(
+            f"--calibration: expected none for --recipe {recipe}, got {str(calibration)!r}"
+        )
+    if calibration is not None:
+        read_text("--calibration", calibration, most_chars=1 << 16)
 
 
 def _load_float(
@@ -325,7 +339,7 @@ def decompress(
             output,
             tensors,
             files,
-            max_shard_nbytes=int(max_shard_gb * 1e9),
+            max_shard_nbytes=to_nbytes("--max-shard-gb", max_shard_gb, 1e9),
             overwrite=overwrite,
             progress=advance,
         )
