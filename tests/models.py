@@ -42,3 +42,14 @@ def grouped_llama(
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.arange(40).reshape(2, 20) % 256).logits
+
+
+def byte_tokenizer() -> object:
+    """A tokenizer of transformers whose tokens are bytes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
