@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcext.checks import check_model, check_type, require, shown, torch_dtype
+from dcext.checks import check_model, check_type, require, shown, torch_device, torch_dtype
 from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.format import CheckpointReader, write_checkpoint
@@ -31,11 +31,12 @@ from dcext.loading import (
 from dcext.nn.compressed import CompressedModule, compressed_modules
 from dcext.nn.placement import check_device, place
 from dcext.offloading.apply import apply
+from dcext.offloading.arguments import check_budgets, check_plan
 from dcext.offloading.device_budget import MODES
 from dcext.offloading.offload import offload
 from dcext.policy.plan import Plan
 from dcext.quantize.report import CompressionReport
-from dcext.sizes import check_nbytes, parse_nbytes
+from dcext.sizes import parse_nbytes
 
 # Of a float tensor that becomes three: headers, hashes, its row in the report.
 SIDE_NBYTES_PER_TENSOR = 600
@@ -254,11 +255,12 @@ def from_pretrained(
     if mode not in MODES:
         raise ValueError(f"from_pretrained: mode: expected one of {', '.join(MODES)}, got {mode!r}")
     require("transformers", "hf")
-    on = check_device("from_pretrained", "what is to run there", device)
+    on = torch_device("from_pretrained: device", device)
     has_budget = host_memory is not None or device_memory is not None
     if plan is not None:
-        _check_plan(on, plan, has_budget)
-    _check_budgets(on, host_memory, device_memory)
+        check_plan(on, plan, has_budget)
+    check_budgets(on, host_memory, device_memory)
+    check_device("from_pretrained", "what is to run there", on)
     reader = CheckpointReader(_local_folder(directory, revision))
     report = progress or (lambda nbytes: None)
     model = _load(reader, model_class, dtype, has_budget or plan is not None, report, kwargs)
@@ -277,37 +279,6 @@ def from_pretrained(
     else:
         place(model, device)
     return model
-
-
-def _check_plan(device: torch.device, plan: Plan, has_budget: bool) -> None:
-    """Before anything is read."""
-    expected = "a Plan, from dcext.plan or of a file by dcext.policy.plan.load_plan"
-    check_type("from_pretrained: plan", plan, Plan, expected)
-    if has_budget:
-        raise ValueError("from_pretrained: plan: expected no budget beside it, got one")
-    if plan.on_device and device.type == "cpu":
-        raise ValueError(
-            f"from_pretrained: device: expected a device beside a plan for one, got {str(device)!r}"
-        )
-    if not plan.on_device and device.type != "cpu":
-        raise ValueError(
-            f"from_pretrained: device: expected 'cpu' beside a plan for it, got {str(device)!r}"
-        )
-
-
-def _check_budgets(
-    device: torch.device, host_memory: int | str | None, device_memory: int | str | None
-) -> None:
-    """Before anything is read."""
-    check_nbytes(host_memory=host_memory, device_memory=device_memory)
-    if device.type == "cpu" and device_memory is not None:
-        raise ValueError(
-            f"from_pretrained: device_memory: expected None with device 'cpu', got {device_memory!r}"
-        )
-    if device.type != "cpu" and host_memory is not None and device_memory is None:
-        raise ValueError(
-            f"from_pretrained: device_memory: expected a size beside host_memory with device {str(device)!r}, got None"
-        )
 
 
 def _local_folder(directory: str | Path, revision: str | None) -> Path:
