@@ -260,7 +260,8 @@ def from_pretrained(
     if plan is not None:
         check_plan(on, plan, has_budget)
     check_budgets(on, host_memory, device_memory)
-    check_device("from_pretrained", "what is to run there", on)
+    wanted_for = "the model" if device_memory is None else "device_memory"
+    check_device("from_pretrained", "a plan for one" if plan is not None else wanted_for, on)
     reader = CheckpointReader(_local_folder(directory, revision))
     report = progress or (lambda nbytes: None)
     model = _load(reader, model_class, dtype, has_budget or plan is not None, report, kwargs)
