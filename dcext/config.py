@@ -7,15 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dcext.codec import CODECS
+from dcext.quantize.recipe import Recipe, one_of, recipe_named, recipe_names, recipes
 
-RECIPES = ("rate", "paper", "data-free", "int8")
 GRANULARITIES = ("row", "tensor")
 ACTIVATIONS = ("int8", "none")
 DEFAULT_RATIO = 2.2
-# Where recipe "rate" loses as much packed as entropy-coded at DEFAULT_RATIO: on SmolLM2-135M a divergence of 0.078 nats
-# per token W8A16 and 0.094 W8A8, against 0.083 and 0.093 (bench/results/quality.json).
-DEFAULT_PACKED_BITS = 4.25
-CALIBRATED = ("rate", "paper")
 
 
 @dataclass(frozen=True)
@@ -60,25 +56,39 @@ class CompressionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.granularity:
-            object.__setattr__(self, "granularity", "tensor" if self.recipe == "paper" else "row")
+        if self.recipe in recipe_names() and not self.granularity:
+            object.__setattr__(self, "granularity", self.method.granularity)
         for field, known in (
-            ("recipe", RECIPES),
+            ("recipe", recipe_names()),
             ("granularity", GRANULARITIES),
             ("codec", CODECS),
             ("activations", ACTIVATIONS),
         ):
             value = getattr(self, field)
             if value not in known:
-                expected = " or ".join(repr(choice) for choice in known)
-                raise ValueError(f"CompressionConfig: {field}: expected {expected}, got {value!r}")
+                raise ValueError(
+                    f"CompressionConfig: {field}: expected {one_of([*known])}, got {value!r}"
+                )
         if self.level is not None and (self.codec != "zstd" or not 1 <= self.level <= 22):
             raise ValueError(
                 "CompressionConfig: level: expected None, or 1..22 with codec 'zstd', "
                 f"got {self.level} with codec {self.codec!r}"
             )
         self._check_target()
-        self._check_paper()
+        self._check_pruning()
+
+    @property
+    def method(self) -> Recipe:
+        """The recipe itself."""
+        return recipe_named(self.recipe)
+
+    def _check_taken(self, fields: str, group: str) -> None:
+        """Raises where the recipe takes nothing of a group of fields, of which some are given."""
+        if group not in self.method.takes:
+            takers = one_of([recipe.name for recipe in recipes() if group in recipe.takes])
+            raise ValueError(
+                f"CompressionConfig: {fields}: expected recipe {takers}, got {self.recipe!r}"
+            )
 
     def _check_target(self) -> None:
         targets = {
@@ -86,20 +96,16 @@ class CompressionConfig:
             for name in ("target_bits", "target_ratio", "target_nbytes")
             if getattr(self, name) is not None
         }
-        if targets and self.recipe not in ("rate", "data-free"):
-            raise ValueError(
-                f"CompressionConfig: {next(iter(targets))}: expected recipe 'rate' or 'data-free', got {self.recipe!r}"
-            )
+        if targets:
+            self._check_taken(next(iter(targets)), "target")
         if len(targets) > 1 or any(not 0 < value < math.inf for value in targets.values()):
             raise ValueError(
                 f"CompressionConfig: target: expected one of bits, ratio and nbytes, positive, got {targets}"
             )
 
-    def _check_paper(self) -> None:
-        if self.recipe != "paper" and (self.alpha != "model" or self.sparsity != 0):
-            raise ValueError(
-                f"CompressionConfig: alpha, sparsity: expected recipe 'paper', got {self.recipe!r}"
-            )
+    def _check_pruning(self) -> None:
+        if self.alpha != "model" or self.sparsity != 0:
+            self._check_taken("alpha, sparsity", "pruning")
         if isinstance(self.alpha, str):
             if self.alpha not in ("model", "layer"):
                 raise ValueError(
@@ -121,9 +127,9 @@ class CompressionConfig:
             raise ValueError("bits: expected target_bits or target_ratio, got target_nbytes")
         if self.target_bits is not None:
             return self.target_bits
-        if self.target_ratio is None and self.recipe == "rate" and self.codec == "packed":
-            return DEFAULT_PACKED_BITS
-        return 8 / (self.target_ratio or DEFAULT_RATIO)
+        if self.target_ratio is not None:
+            return 8 / self.target_ratio
+        return self.method.default_bits.get(self.codec, 8 / DEFAULT_RATIO)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
