@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from dcext.codec import decode, encode, entropy, payload_info
+from dcext.codecs import codec_named
 from dcext.config import CompressionConfig
 from dcext.nn.compressed import storage_form
 from dcext.quantize.quantized import QuantizedWeight
@@ -60,7 +61,7 @@ def code_layer(
         outlier_columns=outliers,
         fallback=quantized.fallback,
     )
-    if config.codec == "packed":
+    if codec_named(config.codec).exception_every:
         report.packed_width, report.packed_exceptions = packed_figures(payload)
     return CodedLayer(payload, quantized, report)
 

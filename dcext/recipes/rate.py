@@ -12,9 +12,9 @@ from dcext.calibrate.driver import Calibrated
 from dcext.calibrate.group_recipe import GroupRecipe
 from dcext.calibrate.job import Job
 from dcext.calibrate.sensitivity import Sensitivity
+from dcext.codecs import codec_named
 from dcext.config import CompressionConfig
 from dcext.quantize.control import RateController
-from dcext.quantize.cost import cost_model
 from dcext.quantize.data_free import round_data_free
 from dcext.quantize.feedback import cholesky_factor
 from dcext.quantize.output_moment import row_energies, row_factor, row_scales, weighted_error
@@ -55,7 +55,7 @@ class RateRecipe(GroupRecipe):
     def __init__(self, config: CompressionConfig, sensitivity: Sensitivity) -> None:
         """Makes the forecasts for ``config.target_bits``."""
         self._config = config
-        self._cost = cost_model(config.codec)
+        self._cost = codec_named(config.codec).cost
         self.groups: dict[str, list[str]] | None = {g[0]: g for g in sensitivity.groups}
         self._rows = {}
         forecasts = {}
