@@ -73,7 +73,13 @@ _registered: dict[str, Codec] = {}
 
 
 def register(codec: Codec) -> None:
-    """Makes what is known of a codec known by its name; one of the same name is replaced."""
+    """Makes what is known of a codec available by its name.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if codec.name in _registered:
+        raise ValueError(f"register: expected a new codec, got a second {codec.name!r}")
     _registered[codec.name] = codec
 
 

@@ -46,7 +46,13 @@ class Recipe:
 
 
 def register(recipe: Recipe) -> None:
-    """Makes a recipe known by its name; one of the same name is replaced."""
+    """Makes a recipe known by its name.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if recipe.name in _registered:
+        raise ValueError(f"register: expected a new recipe, got a second {recipe.name!r}")
     _registered[recipe.name] = recipe
 
 

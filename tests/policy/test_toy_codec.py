@@ -38,6 +38,8 @@ def toy(monkeypatch):
 def test_recipes_find_its_cost():
     assert codec_names() == ("raw", "packed", "zstd", "toy")
     assert codec_named("toy").cost is PACKED_COST
+    with pytest.raises(ValueError, match="expected a new codec, got a second 'toy'"):
+        codecs.register(TOY)
 
 
 def test_footprint_and_shapes_have_it():

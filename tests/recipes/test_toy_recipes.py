@@ -59,6 +59,8 @@ def test_checkpoints_load_where_the_recipe_is_not_known(toys, tmp_path):
 
 
 def test_what_a_recipe_takes_is_checked(toys):
+    with pytest.raises(ValueError, match="expected a new recipe, got a second 'toy'"):
+        recipe.register(recipe.Recipe("toy"))
     with pytest.raises(ValueError, match=r"target_bits: expected recipe .*'data-free', got 'toy'"):
         dcext.CompressionConfig(recipe="toy", target_bits=4)
     with pytest.raises(
