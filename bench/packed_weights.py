@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dcext.config import DEFAULT_PACKED_BITS
 from dcext.quantize.feedback import cholesky_factor
 from dcext.quantize.packed_rate import PackedForecast, plan_packed, round_packed
 from dcext.quantize.rate import sample_weights
+from dcext.recipes.rate import DEFAULT_PACKED_BITS
 
 SPREAD = 0.25  # standard deviation of the logarithm of rows' and columns' spread: real layers have 0.15 to 0.5
 CORRELATED = 0.5  # share of the inputs' power in CORRELATED_RANK directions

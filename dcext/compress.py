@@ -12,27 +12,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dcext.calibrate.driver import Job, compress_blocks
+from dcext.calibrate.coded import CodedLayer
 from dcext.calibrate.fold import READERS, fold_col_scales
 from dcext.calibrate.inputs import Calibration
-from dcext.calibrate.recipes import CodedLayer, code_layer
+from dcext.calibrate.job import Job, ProgressFn
 from dcext.calibrate.resume import ResumeFolder, job_key
 from dcext.calibrate.source import BlockSource
 from dcext.calibrate.stacks import Block, find_blocks, linear_layers
 from dcext.checks import check_model, check_type, shown
-from dcext.config import CALIBRATED, CompressionConfig
+from dcext.config import CompressionConfig
 from dcext.find import TIED, FilterFn, Found, find_matrices, left_float, make_filter, prepare_
 from dcext.loading import REPORT_ATTRIBUTE, forget_ties
 from dcext.nn.compressed import compressed_modules
 from dcext.nn.convert import compress_module_
 from dcext.nn.matrix import kind_of, matrix_of
-from dcext.quantize.control import FIRST_EXCESS_BITS
-from dcext.quantize.data_free import round_data_free
-from dcext.quantize.quantized import QuantizedWeight
+from dcext.quantize.recipe import one_of, recipes
 from dcext.quantize.report import CompressionReport
-from dcext.quantize.rounding import quantize_absmax
+from dcext.recipes.int8 import code_int8
 
-ProgressFn = Callable[[str, float], None]
 # Called with a model and its configuration once it is compressed; integrations add what their libraries have to know.
 AFTER_COMPRESSION: list[Callable[[nn.Module, CompressionConfig], None]] = []
 JOB_VERSION = 4  # of what recipes compute: raised when a change makes kept blocks useless
@@ -59,7 +56,7 @@ def compress_(
     that a token needs are decoded; parameters that a module uses itself become layers too, read through a view that
     decodes them whole (``dcext.nn.split``). Masks of pruning and weight norms become part of the weights.
 
-    Recipes ``rate`` and ``paper`` run the calibration text through the model block by block and quantize the linear
+    Recipes that calibrate (``rate``, ``paper``) run the calibration text through the model block by block and quantize the linear
     layers of its blocks; embeddings and what lies outside the blocks (``lm_head``) become INT8 per row. Modules that
     share a weight (a tied ``lm_head`` and embedding) share its payload: it is compressed and stored once; leave both
     of a tied pair out or neither. Float weights are dropped block by block, so that memory peaks at the model plus one
@@ -138,7 +135,7 @@ def compress_(
 def _check_calibration(
     model: nn.Module, config: CompressionConfig, calibration: Calibration | None
 ) -> None:
-    if config.recipe not in CALIBRATED:
+    if not config.method.calibrated:
         if calibration is not None:
             raise ValueError(
                 f"compress_: calibration: recipe {config.recipe!r} takes none, got {shown(calibration)}"
@@ -147,7 +144,7 @@ def _check_calibration(
     if calibration is None:
         raise ValueError(
             f"compress_: calibration: recipe {config.recipe!r} needs calibration text, got none; "
-            "recipe 'data-free' needs none"
+            f"recipe {one_of([recipe.name for recipe in recipes() if not recipe.calibrated])} needs none"
         )
     expected = (
         "token ids (dcext.calibrate.text.text_windows makes them of a text) or tensors by argument"
@@ -210,7 +207,7 @@ class _Compression:
         self.progress = progress
         self.report = CompressionReport()
         in_blocks: set[str] = set()
-        self.blocks = find_blocks(model) if config.recipe != "int8" else []
+        self.blocks = find_blocks(model) if config.method.compress else []
         uses = Counter(id(module.weight) for module in modules.values())
         for block in self.blocks:
             in_blocks.update(
@@ -229,10 +226,10 @@ class _Compression:
         with self.source.skeleton():
             others = self._code_others()
         config = self._with_target(others)
-        if config.recipe in ("rate", "data-free"):
+        if "target" in config.method.takes:
             self.report.target_bits = config.bits
         share = 1 - OTHERS_SHARE
-        if self.block_names and calibration is not None:
+        if self.block_names and config.method.compress:
             job = Job(
                 self.model,
                 self.source,
@@ -243,14 +240,12 @@ class _Compression:
                 lambda label, part: self.progress(label, share * part),
                 resume,
             )
-            self.report.alphas = compress_blocks(job)
-        elif self.block_names:
-            self._compress_data_free(config, share)
+            self.report.alphas = config.method.compress(job)
         self.source.fill_rest()
         for name, coded in others.items():
             self._put(name, coded)
         forget_ties(self.model)
-        if config.recipe == "paper":
+        if config.method.folds_col_scales:
             self._fold_col_scales()
         return self.report
 
@@ -258,7 +253,7 @@ class _Compression:
         """What lies outside the blocks, in INT8; modules that share a weight share what it became."""
         coded: dict[str, CodedLayer] = {}
         by_weight: dict[tuple[int, bool], CodedLayer] = {}
-        granularity = self.config.granularity if self.config.recipe == "int8" else "row"
+        granularity = "row" if self.config.method.compress else self.config.granularity
         whole = OTHERS_SHARE if self.block_names else 1.0
         total = sum(self.weights[name] for name in self.other_names)
         for name in self.other_names:
@@ -266,19 +261,13 @@ class _Compression:
             key = (id(module.weight), _is_transposed(module))  # before weights come and go
             if key not in by_weight:
                 with self.source.weights(Block(name, module)):
-                    by_weight[key] = self._code_absmax(name, matrix_of(module), granularity)
+                    matrix = matrix_of(module)
+                    by_weight[key] = code_int8(name, matrix, granularity, self.config)
             coded[name] = by_weight[key]
-            if not self.blocks:  # recipe int8: each float weight goes as soon as it can
+            if not self.blocks:  # each float weight goes as soon as it can
                 self._put(name, coded[name])
             self.progress(name, whole * self.weights[name] / total)
         return {} if not self.blocks else coded
-
-    def _code_absmax(self, name: str, weight: Tensor, granularity: str) -> CodedLayer:
-        try:
-            quantized = QuantizedWeight(*quantize_absmax(weight, granularity))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        return code_layer(name, quantized, self.config, "int8")
 
     def _with_target(self, others: dict[str, CodedLayer]) -> CompressionConfig:
         """The configuration with a target in bytes turned into bits for the layers of the blocks."""
@@ -302,31 +291,6 @@ class _Compression:
                 f"take, {least} to {most} bytes, got {self.config.target_nbytes} bytes"
             )
         return replace(self.config, target_nbytes=None, target_bits=bits)
-
-    def _compress_data_free(self, config: CompressionConfig, share: float) -> None:
-        """Recipe ``data-free``: every layer at the entropy that fills what is left of the target."""
-        remaining = sum(self.weights[name] for name in self.block_names)
-        budget = config.bits * remaining
-        total, excess = remaining, FIRST_EXCESS_BITS
-        in_blocks = set(self.block_names)
-        for block in self.blocks:
-            with self.source.weights(block):
-                weights = {
-                    name: matrix_of(layer)
-                    for name, layer in linear_layers(block).items()
-                    if name in in_blocks
-                }
-            for name, weight in weights.items():
-                try:
-                    quantized = round_data_free(weight, budget / remaining - excess)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
-                coded = code_layer(name, quantized, config, "data-free")
-                excess = coded.report.bits_per_weight - coded.report.entropy_bits
-                budget -= 8 * coded.report.stored_nbytes
-                remaining -= weight.numel()
-                self._put(name, coded)
-                self.progress(name, share * weight.numel() / total)
 
     def _fold_col_scales(self) -> None:
         layers = {layer.name: layer for layer in self.report.layers}

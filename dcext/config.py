@@ -8,17 +8,13 @@ from typing import Any
 
 from dcext.checks import check_type, shown
 from dcext.codec import CODECS
+from dcext.quantize.recipe import Recipe, one_of, recipe_named, recipe_names, recipes
 
-RECIPES = ("rate", "paper", "data-free", "int8")
 GRANULARITIES = ("row", "tensor")
 ACTIVATIONS = ("int8", "none")
 DEFAULT_RATIO = 2.2
-# Where recipe "rate" loses as much packed as entropy-coded at DEFAULT_RATIO: on SmolLM2-135M a divergence of 0.078 nats
-# per token W8A16 and 0.094 W8A8, against 0.083 and 0.093 (bench/results/quality.json).
-DEFAULT_PACKED_BITS = 4.25
-CALIBRATED = ("rate", "paper")
-# Least and most stored bits per weight that may be asked for: of recipe "rate" by how its codec stores them, of others.
-ENTROPY_LIMITS, PACKED_LIMITS, OTHER_LIMITS = (0.3, 7.5), (2.1, 6.0), (0.0, 8.0)
+# Least and most stored bits per weight that may be asked for, where a recipe has no limits of its own.
+BITS_LIMITS = (0.0, 8.0)
 _NUMBERS = {
     "target_bits": (int, float, type(None)),
     "target_ratio": (int, float, type(None)),
@@ -73,19 +69,18 @@ class CompressionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.granularity:
-            object.__setattr__(self, "granularity", "tensor" if self.recipe == "paper" else "row")
+        if self.recipe in recipe_names() and not self.granularity:
+            object.__setattr__(self, "granularity", self.method.granularity)
         for field, known in (
-            ("recipe", RECIPES),
+            ("recipe", recipe_names()),
             ("granularity", GRANULARITIES),
             ("codec", CODECS),
             ("activations", ACTIVATIONS),
         ):
             value = getattr(self, field)
             if value not in known:
-                expected = " or ".join(repr(choice) for choice in known)
                 raise ValueError(
-                    f"CompressionConfig: {field}: expected {expected}, got {shown(value)}"
+                    f"CompressionConfig: {field}: expected {one_of([*known])}, got {shown(value)}"
                 )
         for field, kinds in _NUMBERS.items():
             expected = "a whole number" if float not in kinds else "a number"
@@ -96,7 +91,20 @@ class CompressionConfig:
                 f"got {self.level} with codec {self.codec!r}"
             )
         self._check_target()
-        self._check_paper()
+        self._check_pruning()
+
+    @property
+    def method(self) -> Recipe:
+        """The recipe itself."""
+        return recipe_named(self.recipe)
+
+    def _check_taken(self, fields: str, group: str) -> None:
+        """Raises where the recipe takes nothing of a group of fields, of which some are given."""
+        if group not in self.method.takes:
+            takers = one_of([recipe.name for recipe in recipes() if group in recipe.takes])
+            raise ValueError(
+                f"CompressionConfig: {fields}: expected recipe {takers}, got {self.recipe!r}"
+            )
 
     def _check_target(self) -> None:
         targets = {
@@ -104,10 +112,8 @@ class CompressionConfig:
             for name in ("target_bits", "target_ratio", "target_nbytes")
             if getattr(self, name) is not None
         }
-        if targets and self.recipe not in ("rate", "data-free"):
-            raise ValueError(
-                f"CompressionConfig: {', '.join(targets)}: expected recipe 'rate' or 'data-free', got {self.recipe!r}"
-            )
+        if targets:
+            self._check_taken(", ".join(targets), "target")
         if len(targets) > 1:
             raise ValueError(
                 f"CompressionConfig: {', '.join(targets)}: expected only one of them, got {list(targets.values())}"
@@ -124,12 +130,10 @@ class CompressionConfig:
                     f"{self.codec!r}, got {value}"
                 )
 
-    def _check_paper(self) -> None:
-        wrong = ", ".join(["alpha"] * (self.alpha != "model") + ["sparsity"] * (self.sparsity != 0))
-        if self.recipe != "paper" and wrong:
-            raise ValueError(
-                f"CompressionConfig: {wrong}: expected recipe 'paper', got {self.recipe!r}"
-            )
+    def _check_pruning(self) -> None:
+        given = ["alpha"] * (self.alpha != "model") + ["sparsity"] * (self.sparsity != 0)
+        if given:
+            self._check_taken(", ".join(given), "pruning")
         if isinstance(self.alpha, str):
             if self.alpha not in ("model", "layer"):
                 raise ValueError(
@@ -143,9 +147,7 @@ class CompressionConfig:
     @property
     def bits_limits(self) -> tuple[float, float]:
         """Least and most stored bits per weight that may be asked for."""
-        if self.recipe != "rate":
-            return OTHER_LIMITS
-        return PACKED_LIMITS if self.codec == "packed" else ENTROPY_LIMITS
+        return self.method.limits.get(self.codec, BITS_LIMITS)
 
     @property
     def bits(self) -> float:
@@ -158,9 +160,9 @@ class CompressionConfig:
             raise ValueError("bits: expected target_bits or target_ratio, got target_nbytes")
         if self.target_bits is not None:
             return self.target_bits
-        if self.target_ratio is None and self.recipe == "rate" and self.codec == "packed":
-            return DEFAULT_PACKED_BITS
-        return 8 / (self.target_ratio or DEFAULT_RATIO)
+        if self.target_ratio is not None:
+            return 8 / self.target_ratio
+        return self.method.default_bits.get(self.codec, 8 / DEFAULT_RATIO)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""

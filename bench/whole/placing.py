@@ -14,10 +14,10 @@ from torch import Tensor
 from watch import Watch
 
 import dcext
+from dcext.codecs import codec_names
 from dcext.offloading.apply import move_weights
 from dcext.offloading.state import LEAST_SLOTS_NBYTES, slots_for
 from dcext.offloading.weights import weights_of
-from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.plan import Plan
 from dcext.policy.predict import Prediction, Unit
 from dcext.policy.tier import Tier
@@ -70,7 +70,7 @@ class Rig:
         self._payloads: dict[tuple[str, str], Tensor] = {
             (weight.name, codec): weight.payload(codec)
             for weight in self.weights
-            for codec in LAYER_CODECS
+            for codec in codec_names()
         }
 
     @property

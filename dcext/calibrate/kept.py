@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcext.calibrate.recipes import CodedLayer
+from dcext.calibrate.coded import CodedLayer
 from dcext.calibrate.resume import ResumeFolder
 from dcext.calibrate.sensitivity import Sensitivity
 from dcext.quantize.quantized import QuantizedWeight

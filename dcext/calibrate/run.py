@@ -3,55 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dcext.calibrate.blocks import Block, Call, walk
-from dcext.calibrate.inputs import Calibration, ModelInputs
+from dcext.calibrate.coded import UNREACHED, CodedLayer
+from dcext.calibrate.group_recipe import GroupRecipe
+from dcext.calibrate.inputs import ModelInputs
+from dcext.calibrate.job import Job
 from dcext.calibrate.kept import load_block, save_block
 from dcext.calibrate.layers import input_hooks, layer_rows, same_rows, write_matrix
-from dcext.calibrate.recipes import UNREACHED, CodedLayer, PaperRecipe, RateRecipe
 from dcext.calibrate.replay import Chain, Replay, ReplayError
-from dcext.calibrate.resume import ResumeFolder
-from dcext.calibrate.source import BlockSource
 from dcext.calibrate.trace import Trace
-from dcext.config import CompressionConfig
 from dcext.nn.matrix import matrix_of
 from dcext.quantize.statistics import InputStatistics
 
 SENSITIVITY_TOKENS = 8192
-
-EmitFn = Callable[[str, CodedLayer], None]
-ProgressFn = Callable[[str, float], None]
-
-
-@dataclass
-class Job:
-    """One compression: what is compressed, how, and where its steps are kept.
-
-    Attributes:
-        model: possibly on the meta device.
-        source: gives the weights of its blocks.
-        calibration: as for ``model_inputs``.
-        config: recipe ``rate`` or ``paper``.
-        names: the layers to compress; other layers in the blocks stay.
-        emit: called with each layer's name and what became of it, once no more of its blocks is to run. Layers that
-            share a weight are given the same.
-        progress: called with a label and the share of this job that was just done.
-        resume: where steps are kept, or None.
-    """
-
-    model: nn.Module
-    source: BlockSource
-    calibration: Calibration
-    config: CompressionConfig
-    names: set[str]
-    emit: EmitFn
-    progress: ProgressFn
-    resume: ResumeFolder | None = None
 
 
 def stream_dtype() -> torch.dtype:
@@ -68,12 +38,12 @@ class BlockRun:
         job: Job,
         inputs: ModelInputs,
         trace: Trace,
-        recipe: RateRecipe | PaperRecipe,
+        recipe: GroupRecipe,
         later: dict[str, InputStatistics],
         share: float,
         trial: bool = False,
     ) -> None:
-        """Prepares a pass; with ``trial`` only the recipe's alphas are tried, and nothing is quantized."""
+        """Prepares a pass; with ``trial`` the recipe only learns, and nothing is quantized."""
         self._job = job
         self._inputs = inputs
         self._trace = trace
@@ -241,12 +211,12 @@ class BlockRun:
                 for name, weight in weights.items()
                 if not self._trial
             }
-        statistics: InputStatistics = self._recipe.statistics(rows.shape[-1])
+        statistics = self._recipe.statistics(rows.shape[-1])
         statistics.update(rows)
         if first in self._later:
             statistics.add(self._later[first], self._later_weight)
-        if self._trial and isinstance(self._recipe, PaperRecipe):
-            self._recipe.try_alphas(weights, statistics)
+        if self._trial:
+            self._recipe.try_group(weights, statistics)
             return {}
         return self._recipe.quantize_group(weights, statistics)
 

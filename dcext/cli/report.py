@@ -60,8 +60,8 @@ def show_layers(report: Any) -> None:
     for layer in report.layers:
         if layer.fallback is not None:
             console().print(f"[yellow]{layer.name}[/]: {layer.fallback}", highlight=False)
-    if report.target_bits is not None:
-        recipe = next(x.recipe for x in report.layers if x.recipe in ("rate", "data-free"))
+    recipe = report.config["recipe"]
+    if report.target_bits is not None and any(layer.recipe == recipe for layer in report.layers):
         gap = report.waterfilling_gap_bits
         console().print(
             f"{recipe}: {report.bits_per_weight(recipe):.3f} bits/weight in linear layers, target "

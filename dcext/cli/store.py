@@ -18,6 +18,16 @@ from dcext.cli.output import (
     print_json,
     share_progress,
 )
+from dcext.quantize.recipe import recipe_named, recipes
+
+
+def _recipe_help() -> str:
+    """All recipes that are registered when the command line is imported."""
+    texts = []
+    for recipe in recipes():
+        notes = [recipe.note] * bool(recipe.note) + ["needs --calibration"] * recipe.calibrated
+        texts.append(recipe.name + (f" ({', '.join(notes)})" if notes else ""))
+    return ", ".join(texts) + "."
 
 
 def compress(
@@ -30,9 +40,7 @@ def compress(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     recipe: Annotated[
         str,
-        typer.Option(
-            help="rate (best, needs --calibration), data-free, paper (needs --calibration), int8."
-        ),
+        typer.Option(help=_recipe_help()),
     ] = "rate",
     calibration: Annotated[
         Path | None, typer.Option(help="UTF-8 text like what the model will read; 200 KB or more.")
@@ -191,14 +199,14 @@ def _number(option: str, value: str) -> float:
 
 
 def _check_calibration(recipe: str, calibration: Path | None) -> None:
-    from dcext.config import CALIBRATED
-
-    if recipe in CALIBRATED and calibration is None:
+    is_calibrated = recipe_named(recipe).calibrated
+    if is_calibrated and calibration is None:
+        others = " or ".join(each.name for each in recipes() if not each.calibrated)
         raise ValueError(
             f"--calibration: expected a text file for --recipe {recipe}, got none; "
-            "give one, or choose --recipe data-free or int8"
+            f"give one, or choose --recipe {others}"
         )
-    if recipe not in CALIBRATED and calibration is not None:
+    if not is_calibrated and calibration is not None:
         raise ValueError(
             f"--calibration: expected none for --recipe {recipe}, got {str(calibration)!r}"
         )

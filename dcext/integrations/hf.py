@@ -38,6 +38,7 @@ from dcext.loading import (
 from dcext.nn.compressed import compressed_modules
 from dcext.nn.convert import decompress_module_
 from dcext.nn.placement import place
+from dcext.quantize.recipe import recipe_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,8 +88,10 @@ class DCConfig(QuantizationConfigMixin):
         if "format_version" in values:
             config = cls()
             config.stored = {"quant_method": QUANT_METHOD, **values}
-            how = values.get("config")
-            config.compression = None if how is None else CompressionConfig(**how)
+            how = values.get("config") or {}
+            # Weights load without their recipe, which may be somebody else's; ``stored`` names it.
+            is_known = how.get("recipe") in recipe_names()
+            config.compression = CompressionConfig(**how) if is_known else None
         else:
             config = cls(**values)
         return (config, kwargs) if return_unused_kwargs else config

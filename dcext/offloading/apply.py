@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dcext.checks import check_model, check_type
+from dcext.codecs import codec_names
 from dcext.nn.placement import check_device
 from dcext.offloading.device import check_device_tiers, place_on_device
 from dcext.offloading.passes import gate_of
@@ -20,7 +21,6 @@ from dcext.offloading.state import (
     other_nbytes,
 )
 from dcext.offloading.weights import Weight, all_weights, weights_of
-from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.plan import Plan
 from dcext.policy.tier import HOST_DECODE, Tier
 from dcext.weights.host_stream import HostStream, StreamedWeight
@@ -104,11 +104,11 @@ def _check(plan: Plan, weights: list[Weight]) -> None:
             raise ValueError(f"plan: {name}: expected a compressed layer of the model, found none")
         place, codec = tier.place, tier.codec
         is_known = not tier.decoded_by_host or (tier == HOST_DECODE and plan.on_device)
-        if place not in places or codec not in LAYER_CODECS or not is_known:
+        if place not in places or codec not in codec_names() or not is_known:
             known = " or ".join(f"{place}/CODEC" for place in places)
             where = "a device" if plan.on_device else "the CPU"
             raise ValueError(
-                f"plan: {name}: expected {known} with a codec of {LAYER_CODECS}, as the model runs on {where}, found {str(tier)!r}"
+                f"plan: {name}: expected {known} with a codec of {codec_names()}, as the model runs on {where}, found {str(tier)!r}"
             )
         found = by_name[name].file_codec
         if place == "disk" and codec != found:
@@ -201,7 +201,7 @@ def _to_memory(
 
     def grows(weight: Weight) -> tuple[bool, int]:
         shrinks = not weight.module.is_in_file and wanted[weight.name] != "raw"
-        return not shrinks, LAYER_CODECS[::-1].index(wanted[weight.name])
+        return not shrinks, codec_names()[::-1].index(wanted[weight.name])
 
     batch: list[tuple[Weight, Tensor]] = []
     for weight in sorted(moving, key=grows):

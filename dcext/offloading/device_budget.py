@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dcext.codec import payload_info
+from dcext.codecs import codec_named
 from dcext.nn.compressed import CompressedModule
 from dcext.nn.embedding import DCEmbedding
 from dcext.nn.placement import compressed_blocks
@@ -175,7 +176,7 @@ def _describe(name: str, module: nn.Module, mode: str) -> DeviceBlock:
         device += (raw if is_raw else stored) + PART_NBYTES
         host += raw if mode == "raw" else layer.payload.nbytes if mode == "host" else stored
         index += stored - layer.payload.nbytes
-        decoded += raw if codec == "zstd" and not is_raw else 0
+        decoded += raw if codec_named(codec).decoded_whole and not is_raw else 0
     return DeviceBlock(name, module, layers, device, host, index, decoded)
 
 
@@ -194,7 +195,8 @@ def _outside_nbytes(model: nn.Module, inside: set[int]) -> tuple[int, int]:
             nbytes += module.num_weights  # rows are resident as they are
             continue
         nbytes += _stored_nbytes(module)
-        decoded = max(decoded, module.num_weights if module.codec == "zstd" else 0)
+        if codec_named(module.codec).decoded_whole:
+            decoded = max(decoded, module.num_weights)
     return nbytes, decoded
 
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcext.codecs import codec_names
 from dcext.plots.figure import check_plot, new_figure, save_figure
 from dcext.policy.plan import CurvePoint, Plan, count_tokens
 from dcext.policy.predict import Predictor, Unit
 
 TERMINAL = "-"  # instead of a file
 TERMINAL_SIZE = (100, 26)
-CODEC_MARKERS = {"raw": "o", "packed": "s", "zstd": "D"}
+CODEC_MARKERS = "osD^vPX<>"  # in the order of codecs
 INTENSITIES = [
     10 ** (i / 20) for i in range(-10, 81)
 ]  # INT8 operations for each byte: 0.3 to 10,000
@@ -124,7 +125,11 @@ def _draw_roofline(axis: Any, predictor: Predictor, points: Sequence[RooflinePoi
         key = (point.codec, point.tokens)
         label = "" if key in seen else f"{point.codec}, {count_tokens(point.tokens)}"
         seen.add(key)
-        look = {"color": color, "marker": CODEC_MARKERS[point.codec], "linestyle": ""}
+        look = {
+            "color": color,
+            "marker": CODEC_MARKERS[codec_names().index(point.codec)],
+            "linestyle": "",
+        }
         axis.plot([point.intensity], [point.tops], markersize=5, label=label or None, **look)
         if point.measured_tops is not None:
             look["fillstyle"] = "none"
@@ -171,11 +176,11 @@ def _as_text(
     plotext.yscale("log")
     for label, tops in roofs(predictor).items():
         plotext.plot(INTENSITIES, tops, label=label)
-    for codec, marker in (("raw", "r"), ("packed", "p"), ("zstd", "z")):
+    for codec in codec_names():
         mine = [point for point in points if point.codec == codec]
         if mine:
             intensities, tops = [p.intensity for p in mine], [p.tops for p in mine]
-            plotext.scatter(intensities, tops, marker=marker, label=codec)
+            plotext.scatter(intensities, tops, marker=codec[0], label=codec)
     plotext.xlabel("INT8 operations for each stored byte")
     plotext.ylabel("TOPS")
     roofline = plotext.build()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dcext.codecs import arrivals, codec_named
 from dcext.policy.plan import Plan, PlannedLayer, PlannedPass, count_tokens
 from dcext.policy.predict import (
     COMPUTE,
@@ -28,8 +29,6 @@ GAINS = 1e-3  # relative time that copies to a device, and reads from the disk, 
 SLOWER_DISK = 1.4  # so many times as slow, to find candidates that read less
 STEPS, QUICK_STEPS = 150_000, 50_000  # of annealing, for each unit; of some nanoseconds each
 SLOTS = 2  # on a device: one is filled while the other is used
-# Codecs that units may arrive in on a device: the more there are, the more room it takes.
-SLOT_CODECS = ((), ("zstd",), ("packed",), ("packed", "zstd"), ("packed", "zstd", "raw"))
 UNBOUNDED = 1 << 50  # bytes; sums stay exact in float64
 
 
@@ -56,7 +55,7 @@ class DeviceReserve:
 
     Attributes:
         arrives: codecs in which units may arrive in slots.
-        decodes: whether matrices may be decoded from zstd there.
+        decodes: whether matrices may be decoded whole there.
         nbytes: two slots of the largest block's units, and room for the matrices of one block; an upper bound.
     """
 
@@ -68,7 +67,7 @@ class DeviceReserve:
         """Whether a unit may be in a tier of a device machine."""
         if tier == HOST_DECODE:
             return "raw" in self.arrives
-        if tier.codec == "zstd" and not self.decodes:
+        if codec_named(tier.codec).decoded_whole and not self.decodes:
             return False
         return tier.place == "device" or tier.codec in self.arrives
 
@@ -81,10 +80,10 @@ def device_reserves(units: Sequence[Unit]) -> list[DeviceReserve]:
             blocks[unit.block].append(unit)
     decoded = max((sum(u.weights for u in members) for members in blocks.values()), default=0)
     found = []
-    for arrives in SLOT_CODECS:
+    for arrives in arrivals():  # the more codecs, the more bytes
         of_blocks = [sum(_largest(u, arrives) for u in members) for members in blocks.values()]
         slot = max(of_blocks, default=0)
-        plain = arrives[-1:] != ("zstd",)  # frames that arrive are decoded
+        plain = not (arrives and codec_named(arrives[-1]).decoded_whole)
         found += [DeviceReserve(arrives, False, SLOTS * slot)] * plain
         found.append(DeviceReserve(arrives, True, SLOTS * slot + decoded))
     return sorted(found, key=lambda room: room.nbytes)

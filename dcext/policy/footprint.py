@@ -6,33 +6,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# Of a seek index (csrc/codec/seek_index.h): so much for each zstd block of at most 128 KiB of content, which never is
-# more than its weights.
-BLOCK_INDEX_NBYTES, BLOCK_WEIGHTS = 448, 128 << 10
-# Of a packed weight's index (dcext.weights.packed): tiles of 16 and of 64 rows, rows, exceptions.
-TILE_NBYTES, TILE_ROWS = 40, (16, 64)
-ROW_NBYTES, EXCEPTION_NBYTES = 4, 6
+from dcext.codecs import Extent, codec_named
+
+BLOCK_WEIGHTS = (
+    128 << 10
+)  # a zstd block has as much content at most, which never is more than its weights
 PART_NBYTES = 256  # alignment of a part, in a slot as in an allocation
-PARTS = {"raw": 2, "zstd": 3, "packed": 8}  # flags of failures among them
 
 
-def index_nbytes(codec: str, rows: int, chunks: int, blocks: int, exceptions: int) -> int:
-    """Bytes beside a payload.
-
-    Args:
-        codec: of the payload.
-        rows: of the matrix.
-        chunks: of the payload.
-        blocks: of codec zstd, in all chunks.
-        exceptions: of codec packed, in all chunks.
-    """
-    nbytes = PARTS[codec] * PART_NBYTES
-    if codec == "zstd":
-        nbytes += BLOCK_INDEX_NBYTES * blocks
-    if codec == "packed":
-        tiles = sum(rows // size + chunks for size in TILE_ROWS)
-        nbytes += TILE_NBYTES * tiles + ROW_NBYTES * (rows + 1) + EXCEPTION_NBYTES * exceptions
-    return nbytes
+def index_nbytes(codec: str, extent: Extent) -> int:
+    """Bytes beside a payload of a codec."""
+    known = codec_named(codec)
+    return known.parts * PART_NBYTES + known.index_nbytes(extent)
 
 
 def payload_index_nbytes(info: Mapping[str, Any]) -> int:
@@ -44,8 +29,8 @@ def payload_index_nbytes(info: Mapping[str, Any]) -> int:
     chunks = info["chunks"]
     exceptions = sum(chunk["exceptions"] for chunk in chunks)
     blocks = sum(-(-math.prod(chunk["shape"]) // BLOCK_WEIGHTS) for chunk in chunks)
-    nbytes = index_nbytes(info["codec"], rows, len(chunks), blocks, exceptions)
-    if info["codec"] == "zstd" and info["level"] != 0:
-        plain = rows * cols + PART_NBYTES * (len(chunks) + PARTS["raw"])
+    nbytes = index_nbytes(info["codec"], Extent(rows, len(chunks), blocks, exceptions))
+    if info["level"] != 0:
+        plain = rows * cols + PART_NBYTES * (len(chunks) + codec_named("raw").parts)
         nbytes = max(nbytes, plain - info["nbytes"])
     return nbytes

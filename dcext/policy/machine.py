@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dcext.codecs import codec_names
 from dcext.errors import FormatError
 from dcext.format.manifest import parse_json_object
 from dcext.format.replace import replace_file
 
 MACHINE_FORMAT_VERSION = 1
 MEASURED, PROJECTED = "measured", "projected"
-LAYER_CODECS = ("raw", "packed", "zstd")
 Table = Mapping[int, float]
 
 
@@ -226,8 +226,8 @@ def _processor(value: Any, where: str) -> Processor:
     tables = fields.mapping("layer_s", {})
     scratch = value.get("scratch", [])
     for name in [*decode, *tables, *scratch]:
-        if name not in LAYER_CODECS:
-            raise FormatError(f"{where}: expected a codec of {LAYER_CODECS}, found {name!r}")
+        if name not in codec_names():
+            raise FormatError(f"{where}: expected a codec of {codec_names()}, found {name!r}")
     for codec, table in tables.items():
         if not isinstance(table, dict) or not table:
             raise FormatError(

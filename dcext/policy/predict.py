@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from dcext.codecs import codec_named
 from dcext.policy.machine import Machine, Processor, Table, interpolate
 from dcext.policy.tier import HOST_DECODE, Tier
 from dcext.policy.timeline import SLOTS_NBYTES, pass_s, slots_of
@@ -186,7 +187,7 @@ class Predictor:
         if unit.block is None or unit.file_codec is None:
             return resident
         waiting = [Tier("host", codec) for codec in unit.nbytes]
-        decoded = [HOST_DECODE] if "zstd" in unit.nbytes else []
+        decoded = [HOST_DECODE] if HOST_DECODE.codec in unit.nbytes else []
         return [*resident, *waiting, *decoded, *on_disk]
 
     def memory(self, unit: Unit, tier: Tier) -> tuple[int, int]:
@@ -197,7 +198,7 @@ class Predictor:
             # Rows of embeddings are resident as they are, and if they do not lie in the payload that stays on the host.
             rows = unit.weights if unit.looked_up and codec != "raw" else 0
             # Outside of blocks a matrix is decoded by itself.
-            decoded = unit.weights if unit.block is None and codec == "zstd" else 0
+            decoded = unit.weights if unit.block is None and codec_named(codec).decoded_whole else 0
             return nbytes if rows else 0, unit.device_nbytes(codec) + rows + decoded
         if tier.place == "disk":
             return unit.index_nbytes.get(codec, 0) if self.machine.device is not None else 0, 0
@@ -246,7 +247,7 @@ class Predictor:
         nbytes = unit.nbytes[codec]
         machine = self.machine
         if tier == HOST_DECODE:
-            taken[HOST] = unit.weights / (self.host.decode_gweights["zstd"] * 1e9)
+            taken[HOST] = unit.weights / (self.host.decode_gweights[HOST_DECODE.codec] * 1e9)
             taken[LINK] = unit.weights / (machine.link_gbps * 1e9)  # type: ignore[operator]
             taken[COMPUTE] = self.compute_s(unit, "raw", tokens)
             return taken

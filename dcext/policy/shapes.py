@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dcext.codecs import Extent, codec_named, codec_names
 from dcext.policy.footprint import index_nbytes
 from dcext.policy.predict import Unit
 
-# Stored bits of a weight by codec. Layers as recipe rate makes them at ratio 2.2, packed at 4.25 bits (they are different
-# integers, so a real model has one of both cheaply); embeddings as INT8 per row leaves them.
-LAYER_BITS = {"raw": 8.0, "packed": 4.25, "zstd": 3.64}
-EMBEDDING_BITS = {"raw": 8.0, "packed": 8.0, "zstd": 6.9}
 PANEL_WEIGHTS = 1 << 17
-EXCEPTIONS = 500  # of codec packed, one in so many weights, as recipe rate makes
 
 
 @dataclass(frozen=True)
@@ -71,16 +67,19 @@ def units_of(name: str) -> tuple[list[Unit], int]:
     }
     if shape.gated:
         matrices["mlp.gate_proj"] = (wide, hidden)
+    codecs = [codec_named(name) for name in codec_names()]
+    layer_bits = {codec.name: codec.layer_bits for codec in codecs}
+    embedding_bits = {codec.name: codec.embedding_bits for codec in codecs}
     table = (shape.vocabulary, hidden)
-    units = [_unit("model.embed_tokens", table, EMBEDDING_BITS, int(shape.tied), 1, None)]
+    units = [_unit("model.embed_tokens", table, embedding_bits, int(shape.tied), 1, None)]
     for layer in range(shape.layers):
         block = f"model.layers.{layer}"
         units += [
-            _unit(f"{block}.{matrix}", size, LAYER_BITS, 1, 0, block)
+            _unit(f"{block}.{matrix}", size, layer_bits, 1, 0, block)
             for matrix, size in matrices.items()
         ]
     if not shape.tied:
-        units.append(_unit("lm_head", table, EMBEDDING_BITS, 1, 0, None))
+        units.append(_unit("lm_head", table, embedding_bits, 1, 0, None))
     return units, 2 * hidden * (2 * shape.layers + 1)
 
 
@@ -101,10 +100,17 @@ def _unit(
         looked_up=looked_up,
         nbytes={codec: int(weights * width / 8) for codec, width in bits.items()},
         index_nbytes={
-            codec: index_nbytes(codec, shape[0], panels, panels + 1, weights // EXCEPTIONS)
+            codec: index_nbytes(
+                codec, Extent(shape[0], panels, panels + 1, _exceptions(codec, weights))
+            )
             for codec in bits
         },
         block=block,
-        file_codec="zstd",
+        file_codec=min(bits, key=bits.__getitem__),
         panels=panels,
     )
+
+
+def _exceptions(codec: str, weights: int) -> int:
+    every = codec_named(codec).exception_every
+    return weights // every if every else 0

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import torch
 
+from dcext.codecs import codec_names
 from dcext.offloading.weights import Weight
-from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.predict import COMPUTE, Observed, ObservedDisk, Predictor, Unit
 from dcext.policy.tier import Tier
 from dcext.profiling.observe import LayerClock
@@ -55,7 +55,7 @@ class Exploration:
                 by_kind[unit.kind].append((weight, unit))
         for members in by_kind.values():
             codecs = Counter(weight.module.codec for weight, _ in members)
-            for codec in LAYER_CODECS:
+            for codec in codec_names():
                 weight, unit = members[-1]
                 own = weight.module.codec
                 taken = unit.nbytes[codec] - weight.module.payload.nbytes
@@ -138,7 +138,7 @@ class Exploration:
         overall = statistics.median(ratios.values()) if ratios else 1.0
         layer_s: dict[tuple[object, str], dict[int, float]] = {}
         for unit in {unit.kind: unit for unit in self._units}.values():
-            for codec in LAYER_CODECS:
+            for codec in codec_names():
                 typical = statistics.median(by_codec.get(codec, [overall]))
                 ratio = ratios.get((unit.kind, codec), typical)
                 layer_s[unit.kind, codec] = {

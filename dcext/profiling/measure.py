@@ -19,9 +19,10 @@ from torch import Tensor
 from dcext import _C
 from dcext.build import cpu_name, set_num_threads
 from dcext.codec import decode, encode, verify_payload
+from dcext.codecs import codec_named, codec_names
 from dcext.errors import FormatError
 from dcext.nn.placement import check_device
-from dcext.policy.machine import LAYER_CODECS, MEASURED, Machine, Processor, load_machine
+from dcext.policy.machine import MEASURED, Machine, Processor, load_machine
 from dcext.profiling.measure_device import device_name, measure_device
 from dcext.profiling.timing import timed
 
@@ -33,9 +34,9 @@ READ_NBYTES = 128 << 20
 DISK_NBYTES, DISK_PIECES, DISK_SLOTS_NBYTES = 256 << 20, 16, 16 << 20
 # Of rounded normal integers: 3.64 bits of entropy, as layers have at a ratio of 2.2.
 SIGMA = 3.017
-# For codec packed: 16 levels, denser in the middle, and an exception in 500, as recipe rate makes.
+# For codecs with exceptions: 16 levels, denser in the middle, as recipe rate makes.
 LEVELS = (-23, -17, -13, -10, -7, -5, -3, -1, 1, 3, 5, 7, 10, 13, 17, 23)
-LEVELS_SIGMA, EXCEPTIONS = 8.5, 500
+LEVELS_SIGMA = 8.5
 SECONDS_OF_A_FIGURE = 0.12
 Progress = Callable[[str, float], None]
 
@@ -175,11 +176,12 @@ def drawn_weights(codec: str, shape: tuple[int, int]) -> Tensor:
     """Integers (rows, cols) int8 such as recipes make for a codec."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(shape, generator=generator)
-    if codec != "packed":
+    every = codec_named(codec).exception_every
+    if not every:
         return (noise * SIGMA).round_().clamp_(-127, 127).to(torch.int8)
     levels = torch.tensor(LEVELS)
     q = levels[torch.bucketize(noise * LEVELS_SIGMA, (levels[1:] + levels[:-1]) / 2)].to(torch.int8)
-    places = torch.randint(q.numel(), (q.numel() // EXCEPTIONS,), generator=generator)
+    places = torch.randint(q.numel(), (q.numel() // every,), generator=generator)
     q.view(-1)[places] = torch.randint(-127, 128, places.shape, generator=generator).to(torch.int8)
     return q
 
@@ -187,7 +189,7 @@ def drawn_weights(codec: str, shape: tuple[int, int]) -> Tensor:
 def _payloads() -> dict[str, list[Tensor]]:
     """Copies of a layer in each codec."""
     payloads = {}
-    for codec in LAYER_CODECS:
+    for codec in codec_names():
         payload = encode(drawn_weights(codec, LAYER_SHAPE), codec)
         payloads[codec] = [_C.empty_weights(payload.numel()).copy_(payload) for _ in range(COPIES)]
     return payloads
@@ -200,7 +202,7 @@ def measure_host(payloads: dict[str, list[Tensor]]) -> tuple[Processor, dict[str
     linear = torch.ops.dcext.linear.default
     layer_s: dict[str, dict[int, float]] = {}
     spread: dict[str, float] = {}
-    for codec in LAYER_CODECS:
+    for codec in codec_names():
         layer_s[codec] = {}
         for tokens in TOKENS:
             x = torch.randn(tokens, cols)
@@ -212,7 +214,7 @@ def measure_host(payloads: dict[str, list[Tensor]]) -> tuple[Processor, dict[str
             layer_s[codec][tokens] = figure.seconds / (rows * cols) * 1e9
             spread[f"layer_s.{codec}"] = max(spread.get(f"layer_s.{codec}", 0.0), figure.spread)
     decode_gweights = {}
-    for codec in ("zstd", "packed"):
+    for codec in codec_names()[1:]:  # plain INT8 needs no decoding
         cached = encode(drawn_weights(codec, CACHED_SHAPE), codec)
         out = torch.empty(CACHED_SHAPE, dtype=torch.int8)
         figure = timed([partial(decode, cached, 1, out, verify=False)], SECONDS_OF_A_FIGURE)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dcext.codec import encode
+from dcext.codecs import codec_named, codec_names
 from dcext.nn.linear import DCLinear
 from dcext.nn.placement import batch_decodes
-from dcext.policy.machine import LAYER_CODECS, Processor
+from dcext.policy.machine import Processor
 from dcext.profiling.timing import Figure, timed
 from dcext.weights.indexed import IndexedWeight, decode_together
 
@@ -67,7 +68,8 @@ def measure_device(
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     layer_s: dict[str, dict[int, float]] = {}
     spread: dict[str, float] = {}
-    for codec in LAYER_CODECS:
+    gweights: dict[str, float] = {}  # of codecs that are decoded whole
+    for codec in codec_names():
         payload = encode(drawn(codec, SHAPE), codec)
         blocks = [Block(payload, device) for _ in range(_num_blocks(payload, device))]
         layer_s[codec] = {}
@@ -76,10 +78,10 @@ def measure_device(
             figure = timed_there([partial(block, x) for block in blocks])
             layer_s[codec][tokens] = figure.seconds / (len(blocks) * LAYERS * rows * cols) * 1e9
             spread[f"layer_s.{codec}"] = max(spread.get(f"layer_s.{codec}", 0.0), figure.spread)
-        if codec == "zstd":
+        if codec_named(codec).decoded_whole:
             decoded = timed_there([block.decode for block in blocks])
-            gweights = len(blocks) * LAYERS * rows * cols / decoded.seconds / 1e9
-            spread["decode_gweights.zstd"] = decoded.spread
+            gweights[codec] = len(blocks) * LAYERS * rows * cols / decoded.seconds / 1e9
+            spread[f"decode_gweights.{codec}"] = decoded.spread
     memory = torch.zeros(READ_NBYTES // 8, dtype=torch.int64, device=device)
     read = timed_there([memory.max])
     source = torch.ones(COPY_NBYTES, dtype=torch.uint8)
@@ -92,8 +94,8 @@ def measure_device(
     processor = Processor(
         memory_gbps=READ_NBYTES / read.seconds / 1e9,
         int8_tops=max(2e-3 * tokens / seconds for tokens, seconds in layer_s["raw"].items()),
-        decode_gweights={"zstd": gweights},
-        scratch=("zstd",),
+        decode_gweights=gweights,
+        scratch=tuple(gweights),
         layer_s=layer_s,
     )
     return processor, COPY_NBYTES / copied.seconds / 1e9, spread

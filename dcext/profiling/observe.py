@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dcext.codec import encode, payload_info
+from dcext.codecs import codec_names
 from dcext.nn.embedding import DCEmbedding
 from dcext.nn.placement import blocks_of
 from dcext.offloading.weights import Weight
 from dcext.policy.footprint import payload_index_nbytes
-from dcext.policy.machine import LAYER_CODECS
 from dcext.policy.predict import Observed, Unit
 
 SAMPLES = 6  # units of a kind whose codecs are changed: a multiple of the codecs
@@ -42,6 +42,7 @@ def describe(
     report = progress or (lambda what, share: None)
     total = sum(weight.module.num_weights for weight in weights)
     block_of = blocks_of(model)
+    codecs = codec_names()
     units = []
     for weight in weights:
         module = weight.module
@@ -49,9 +50,9 @@ def describe(
         known = {own["codec"]: own}
         if weight.origin is not None and weight.file_codec is not None:
             known[weight.file_codec] = payload_info(weight.origin.view())
-        if len(known) < len(LAYER_CODECS):
+        if len(known) < len(codecs):
             qweight = weight.qweight()
-            for codec in LAYER_CODECS:
+            for codec in codecs:
                 if codec not in known:
                     known[codec] = payload_info(encode(qweight, codec))
         looked_up = sum(isinstance(m, DCEmbedding) for m in weight.modules)
@@ -61,8 +62,8 @@ def describe(
                 shape=weight.module.shape,
                 multiplied=len(weight.modules) - looked_up,
                 looked_up=looked_up,
-                nbytes={codec: known[codec]["nbytes"] for codec in LAYER_CODECS},
-                index_nbytes={c: payload_index_nbytes(known[c]) for c in LAYER_CODECS},
+                nbytes={codec: known[codec]["nbytes"] for codec in codecs},
+                index_nbytes={c: payload_index_nbytes(known[c]) for c in codecs},
                 block=_block_of(weight, block_of),
                 file_codec=weight.file_codec,
                 panels=-(-module.shape[0] // own["panel_rows"]),
@@ -186,15 +187,16 @@ def observe(
         lambda: defaultdict(list)
     )
     others: dict[int, list[float]] = defaultdict(list)
+    codecs = codec_names()
     with _restored([weights[index] for index in sampled]):
-        for rotation in range(len(LAYER_CODECS)):
+        for rotation in range(len(codecs)):
             for turn, index in enumerate(sampled):
                 weights[index].set_payload(
-                    weights[index].payload(LAYER_CODECS[(turn + rotation) % len(LAYER_CODECS)])
+                    weights[index].payload(codecs[(turn + rotation) % len(codecs)])
                 )
             for tokens in lengths:
                 _take(weights, units, tokens, forward, layers, others)
-                report(f"{tokens} tokens", 1 / (len(LAYER_CODECS) * len(lengths)))
+                report(f"{tokens} tokens", 1 / (len(codecs) * len(lengths)))
     return Observed(
         layer_s={
             key: {tokens: statistics.median(taken) for tokens, taken in table.items()}

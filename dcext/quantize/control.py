@@ -10,14 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dcext.config import ENTROPY_LIMITS
 from dcext.quantize.rate import predicted_entropy
 
 FIRST_EXCESS_BITS = 0.04  # of stored size over the predicted entropy, before the first layer has told: coder, feedback
 GRID_LOG2 = tuple(
     k / 4 for k in range(-28, 17)
 )  # scales over a layer's rms at which its entropy is measured
-LEAST_BITS, MOST_BITS = ENTROPY_LIMITS
+LEAST_BITS, MOST_BITS = 0.3, 7.5  # entropy-coded: targets beyond these are refused
 
 
 @dataclass

@@ -70,8 +70,3 @@ ENTROPY_COST = CostModel(
 PACKED_COST = CostModel(
     (LEAST_PACKED_BITS, MOST_PACKED_BITS), 0.0, _forecast_packed, plan_packed, round_packed
 )
-
-
-def cost_model(codec: str) -> CostModel:
-    """That of a codec of ``CompressionConfig``."""
-    return PACKED_COST if codec == "packed" else ENTROPY_COST

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dcext.config import PACKED_LIMITS
 from dcext.quantize.control import RateCurve
 from dcext.quantize.feedback import BIT_PRICE, MAX_LEVEL, round_with_feedback
 from dcext.quantize.output_moment import row_factor
@@ -39,7 +38,7 @@ WIDTHS = (2, 3, 4, 5, 6)  # bits of a code
 LIMITS = (2.8, 3.2, 3.6, 4.2, math.inf)  # root mean squares beyond which weights are exceptions
 PANEL_WEIGHTS = 1 << 17
 BLOCK_ROWS = 16
-LEAST_PACKED_BITS, MOST_PACKED_BITS = PACKED_LIMITS
+LEAST_PACKED_BITS, MOST_PACKED_BITS = 2.1, 6.0  # stored; targets beyond these are refused
 CHUNK_BITS = 8 * (32 + 64 + 32)  # table entry, table of values, mean padding
 EXCEPTION_BITS = 24
 EXCEPTION_ROW_BITS = 16  # of every row, in a panel that has any

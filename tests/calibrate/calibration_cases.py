@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import dcext
-from dcext.calibrate.driver import Job, compress_blocks
+from dcext.calibrate.coded import CodedLayer
 from dcext.calibrate.inputs import model_inputs
+from dcext.calibrate.job import Job
 from dcext.calibrate.layers import write_matrix
-from dcext.calibrate.recipes import CodedLayer
 from dcext.calibrate.resume import ResumeFolder
 from dcext.calibrate.source import BlockSource
 from dcext.calibrate.stacks import find_blocks, linear_layers
@@ -477,7 +477,7 @@ def calibrate(
 
     names = {name for block in find_blocks(model) for name in linear_layers(block)}
     source_or_memory = source or BlockSource()
-    compress_blocks(
+    config.method.compress(
         Job(model, source_or_memory, calibration, config, names, emit, progress, resume)
     )
     assert set(coded) == names

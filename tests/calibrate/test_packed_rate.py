@@ -13,7 +13,6 @@ from test_calibrate import JobInterruptedError, assert_same, calibration, wide_l
 
 import dcext
 import reference
-from dcext.config import DEFAULT_PACKED_BITS
 from dcext.quantize.control import RateController
 from dcext.quantize.cost import PACKED_COST
 from dcext.quantize.feedback import BIT_PRICE, round_with_feedback
@@ -42,6 +41,7 @@ from dcext.quantize.packed_rate import (
 )
 from dcext.quantize.rate import sample_weights
 from dcext.quantize.refine import refine
+from dcext.recipes.rate import DEFAULT_PACKED_BITS
 from reference import correlated_factor, seeded
 
 SHAPES = [(1, 1), (17, 3), (16, 40), (300, 100), (576, 576), (100, 5000), (40, 20000), (33, 9000)]

@@ -1,0 +1,1 @@
+"""Recipes, each in a file that registers it."""
