@@ -16,6 +16,9 @@ FIRST_EXCESS_BITS = 0.04  # of stored size over the predicted entropy, before th
 GRID_LOG2 = tuple(
     k / 4 for k in range(-28, 17)
 )  # scales over a layer's rms at which its entropy is measured
+# Most that is expected of layers to come. A small layer whose columns are nearly all kept in bfloat16 takes ten bits more
+# than its entropy; expected of all others too, that left them none, and whole layers became zero.
+MOST_EXCESS_BITS = 1.0
 LEAST_BITS, MOST_BITS = 0.3, 7.5  # entropy-coded: targets beyond these are refused
 
 
@@ -118,6 +121,7 @@ class RateController:
             if self._weights_done
             else self._first_excess_bits
         )
+        excess = min(excess, MOST_EXCESS_BITS)
         budget = self._budget - float(((fixed + excess) * weights).sum())
         low, high = float(starts.min()) + points[0], float(starts.max()) + points[-1]
         while high - low > 1e-4:

@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("transformers")
 
+import dcext
 from zoo import FAMILIES
-from zoo.check import RECIPES, check_family
+from zoo.check import RECIPES, calibration_of, check_family, distance, output
 
 # A few of each kind; each has something that the others have not.
 CHOSEN = [
@@ -103,3 +104,20 @@ def test_family(name, recipe, tmp_path):
     assert row.computed < 1e-3, row
     if recipe == "int8" and name not in LESS_EXACT:
         assert row.error_int8 < MOST_ERROR_INT8, row
+
+
+@pytest.mark.parametrize("name", ["dbrx", "granitemoe", "llama4_text", "mixtral"])
+@pytest.mark.parametrize("bits", [5.0, 7.0])
+def test_few_calibration_tokens_ruin_no_expert(name, bits):
+    """Each expert sees a few tokens only; rounding without text is the least that calibration has to beat."""
+    family = FAMILIES[name]
+    model = family.model()
+    inputs = family.inputs(model)
+    expected = output(family, model, inputs)
+    errors = {}
+    for recipe in ("rate", "data-free"):
+        config = dcext.CompressionConfig(recipe=recipe, activations="none", target_bits=bits)
+        calibration = calibration_of(inputs) if recipe == "rate" else None
+        compressed = dcext.compress_(family.model(), config, calibration)
+        errors[recipe] = distance(output(family, compressed, inputs), expected)
+    assert errors["rate"] < errors["data-free"]

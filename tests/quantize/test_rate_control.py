@@ -54,6 +54,14 @@ def run_controller(controller: RateController, names: list, forecasts: dict, wei
     return total
 
 
+def test_one_layer_kept_in_bfloat16_does_not_starve_the_others():
+    forecasts, _ = layers_of_all_kinds()
+    controller = RateController(forecasts, 7.0)
+    before = controller.scale()
+    controller.record("layer0", before, 18 * forecasts["layer0"].weights // 8)
+    assert controller.scale() < 8 * before
+
+
 @pytest.mark.parametrize("target", [1.0, 2.5, 3.64, 5.0])
 def test_controller_meets_its_target(target):
     forecasts, weights = layers_of_all_kinds()
