@@ -18,7 +18,7 @@ from dcext.calibrate.layers import input_hooks, layer_rows, same_rows
 from dcext.calibrate.source import BlockSource
 from dcext.calibrate.trace import trace_calls
 from dcext.codec import encode, entropy
-from dcext.find import find_matrices
+from dcext.find import find_matrices, input_embedding
 from dcext.nn.matrix import matrix_of
 from dcext.quantize.rounding import quantize_absmax
 from dcext.quantize.statistics import InputStatistics
@@ -261,8 +261,7 @@ def _check_ids(model: nn.Module, ids: Tensor) -> None:
         raise ValueError(
             f"analyze_model: ids: expected (windows, tokens), at least one, got {tuple(ids.shape)}"
         )
-    find_embedding: Any = getattr(model, "get_input_embeddings", None)
-    size = getattr(find_embedding(), "num_embeddings", None) if find_embedding else None
+    size: int | None = getattr(input_embedding(model), "num_embeddings", None)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (size is not None and high >= size):
         bound = "up" if size is None else str(size - 1)

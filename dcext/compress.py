@@ -21,7 +21,16 @@ from dcext.calibrate.source import BlockSource
 from dcext.calibrate.stacks import Block, find_blocks, linear_layers
 from dcext.checks import check_model, check_type, shown
 from dcext.config import CompressionConfig
-from dcext.find import TIED, FilterFn, Found, find_matrices, left_float, make_filter, prepare_
+from dcext.find import (
+    TIED,
+    FilterFn,
+    Found,
+    find_matrices,
+    input_embedding,
+    left_float,
+    make_filter,
+    prepare_,
+)
 from dcext.loading import REPORT_ATTRIBUTE, forget_ties
 from dcext.nn.compressed import compressed_modules
 from dcext.nn.convert import compress_module_
@@ -172,8 +181,7 @@ def _check_ids(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     With images and the like, ids beyond the vocabulary may mark their places.
     """
     name = next(iter(tensors))
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    embedding = get_embeddings() if callable(get_embeddings) else None
+    embedding = input_embedding(model)
     first = list(inspect.signature(type(model).forward).parameters)[1:2]
     reads_ids = ([name] if name else first) == ["input_ids"]
     if not isinstance(embedding, nn.Embedding) or not reads_ids:

@@ -186,6 +186,15 @@ def _is_adapter(name: str, model: nn.Module) -> bool:
     return False
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that looks up the token ids of a transformers model; None where it has none, or does not say."""
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        return find() if callable(find) else None
+    except NotImplementedError:  # transformers does not know of one, as in DETR and CLIP
+        return None
+
+
 def left_float(model: nn.Module, reasons: dict[str, str]) -> list[LeftFloat]:
     """Every parameter that a model still has after compression, and why; parameters that share memory count once.
 

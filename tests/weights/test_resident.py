@@ -140,7 +140,7 @@ def test_frames_with_matches_rest_raw():
         weight = IndexedWeight(payload, "cpu")
     assert torch.equal(weight.qweight(), repeats)
     module = dcext.DCLinear(payload, torch.ones(len(repeats)))
-    with pytest.warns(UserWarning, match="rests as raw INT8"):
+    with pytest.warns(UserWarning, match="resident as raw INT8"):
         module._move_to(torch.device("cpu"))
     assert module.codec == "raw"
     assert torch.equal(dcext.decode(module.payload), repeats)
