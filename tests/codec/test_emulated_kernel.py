@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated_kernel import SANITIZERS, Job, Launch, build, require_sanitizer, run
 from torch import Tensor
 
 import dcext
 from conftest import ROOT
+from emulated_kernel import SANITIZERS, Job, Launch, build, require_sanitizer, run
 
 KERNEL = Path("cuda") / "decode_indexed_kernel.cuh"
 FILTERS = [(False, 0), (True, 0), (False, 2), (True, 2), (True, 4)]  # pairs, low_bits

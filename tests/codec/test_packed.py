@@ -10,10 +10,10 @@ import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_reference import RAW, WIDTHS, decode_packed, encode_packed, reseal
 
 import dcext
 from matrices import of_width
+from packed_reference import RAW, WIDTHS, decode_packed, encode_packed, reseal
 
 SHAPES = [(1, 1), (3, 40), (16, 32), (17, 31), (50, 100), (130, 257), (64, 4096)]
 TOKENS = [1, 2, 3, 7, 8, 15, 16, 17, 40]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from packed_reference import RAW, WIDTHS, decode_packed, encode_packed, pack_codes
 
 SHAPES = [(1, 1), (3, 33), (16, 32), (17, 31), (50, 100), (130, 257)]

@@ -9,7 +9,6 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from packed_reference import WIDTHS, unpack_codes  # noqa: E402
 from ptx import (  # noqa: E402
     FLOAT_MMA,
     INTEGER_MMA,
@@ -26,6 +25,7 @@ from dcext.kernels.packed_lookup import (  # noqa: E402
     stored_bytes,
     table_words,
 )
+from packed_reference import WIDTHS, unpack_codes  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="requires the compiler, not TRITON_INTERPRET=1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from packed_reference import RAW, WIDTHS, encode_packed
 
 triton = pytest.importorskip("triton")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated_kernel import SANITIZERS, require_sanitizer
 from torch import Tensor
 
 import dcext
 from conftest import ROOT
 from dcext.codec import seek_index
 from dcext.weights.device_stream import DeviceStream, HostDecoded
+from emulated_kernel import SANITIZERS, require_sanitizer
 from matrices import gaussian
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "device"))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_reference import encode_packed, reseal
 
 import dcext
 from dcext import _C
 from dcext.offloading.state import LEAST_SLOTS_NBYTES
 from matrices import of_width
+from packed_reference import encode_packed, reseal
 
 ops = torch.ops.dcext
 ROWS, COLS = 40, 96
