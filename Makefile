@@ -39,7 +39,7 @@ pytest: build  ## the tests alone, in two processes of one thread
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/stamp-dev  ## ruff, clang-format and mypy, without changing anything
-	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff check -q --no-cache .
 	@$(BIN)/ruff format -q --check .
 	@$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	@$(BIN)/mypy --no-error-summary
