@@ -192,6 +192,7 @@ struct PackedDot {
 #include "gemm/dot_body.h"
 #include "gemm/elementwise_body.h"
 #include "gemm/packed_body.h"
+#include "gemm/table_body.h"
 #include "gemm/weight_only_body.h"
 
 }  // namespace
@@ -199,34 +200,10 @@ struct PackedDot {
 
 DCEXT_TARGET_END
 
-const dcext::GemmKernels dcext::kAvx512Kernels = {
-    .isa = Isa::kAvx512Vnni,
-    .quantize = quantize,
-    .packed_nbytes = dot_packed_nbytes,
-    .pack = dot_pack,
-    .multiply = dot_multiply,
-    .most_packed_tokens = dcext::kAnyTokens,
-    .multiply_packed = multiply_packed,
-    .dequantize = dequantize,
-    .dequantize_wide = dequantize_wide,
-    .multiply_weight_only = multiply_weight_only,
-    .widen = widen,
-    .dequantize_row = dequantize_row,
-};
+const dcext::GemmKernels dcext::kAvx512Kernels =
+    table_of(Isa::kAvx512Vnni, dot_packed_nbytes, dot_pack, dot_multiply, dcext::kAnyTokens);
 
-const dcext::GemmKernels dcext::kAmxKernels = {
-    .isa = Isa::kAmx,
-    .quantize = quantize,
-    .packed_nbytes = amx_packed_nbytes,
-    .pack = amx_pack,
-    .multiply = amx_multiply,
-    .most_packed_tokens = dcext::kFewTokens,
-    .multiply_packed = multiply_packed,
-    .dequantize = dequantize,
-    .dequantize_wide = dequantize_wide,
-    .multiply_weight_only = multiply_weight_only,
-    .widen = widen,
-    .dequantize_row = dequantize_row,
-};
+const dcext::GemmKernels dcext::kAmxKernels =
+    table_of(Isa::kAmx, amx_packed_nbytes, amx_pack, amx_multiply, dcext::kFewTokens);
 
 #endif  // __x86_64__

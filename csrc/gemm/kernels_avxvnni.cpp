@@ -56,6 +56,7 @@ struct PackedDot : PackedAvx2<128> {
 #include "gemm/dot_body.h"
 #include "gemm/elementwise_body.h"
 #include "gemm/packed_body.h"
+#include "gemm/table_body.h"
 #include "gemm/weight_only_body.h"
 
 }  // namespace
@@ -63,19 +64,7 @@ struct PackedDot : PackedAvx2<128> {
 
 DCEXT_TARGET_END
 
-const dcext::GemmKernels dcext::kAvxVnniKernels = {
-    .isa = Isa::kAvxVnni,
-    .quantize = quantize,
-    .packed_nbytes = dot_packed_nbytes,
-    .pack = dot_pack,
-    .multiply = dot_multiply,
-    .most_packed_tokens = dcext::kAnyTokens,
-    .multiply_packed = multiply_packed,
-    .dequantize = dequantize,
-    .dequantize_wide = dequantize_wide,
-    .multiply_weight_only = multiply_weight_only,
-    .widen = widen,
-    .dequantize_row = dequantize_row,
-};
+const dcext::GemmKernels dcext::kAvxVnniKernels =
+    table_of(Isa::kAvxVnni, dot_packed_nbytes, dot_pack, dot_multiply, dcext::kAnyTokens);
 
 #endif  // __x86_64__

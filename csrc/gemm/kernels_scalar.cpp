@@ -122,21 +122,10 @@ struct PackedDot {
 };
 
 #include "gemm/packed_body.h"
+#include "gemm/table_body.h"
 
 }  // namespace
 }  // namespace dcext
 
-const dcext::GemmKernels dcext::kScalarKernels = {
-    .isa = Isa::kScalar,
-    .quantize = quantize,
-    .packed_nbytes = packed_nbytes,
-    .pack = pack,
-    .multiply = multiply,
-    .most_packed_tokens = dcext::kAnyTokens,
-    .multiply_packed = multiply_packed,
-    .dequantize = dequantize,
-    .dequantize_wide = dequantize_wide,
-    .multiply_weight_only = multiply_weight_only,
-    .widen = widen,
-    .dequantize_row = dequantize_row,
-};
+const dcext::GemmKernels dcext::kScalarKernels =
+    table_of(Isa::kScalar, packed_nbytes, pack, multiply, dcext::kAnyTokens);
