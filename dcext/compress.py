@@ -41,7 +41,7 @@ from dcext.recipes.int8 import code_int8
 
 # Called with a model and its configuration once it is compressed; integrations add what their libraries have to know.
 AFTER_COMPRESSION: list[Callable[[nn.Module, CompressionConfig], None]] = []
-JOB_VERSION = 4  # of what recipes compute: raised when a change makes kept blocks useless
+JOB_VERSION = 5  # of what recipes compute: raised when a change makes kept blocks useless
 OTHERS_SHARE = 0.05  # of all work: what lies outside the blocks
 LEAST_COVERAGE = 0.95  # of the weights of matrices, without a warning
 
@@ -65,8 +65,8 @@ def compress_(
     that a token needs are decoded; parameters that a module uses itself become layers too, read through a view that
     decodes them whole (``dcext.nn.split``). Masks of pruning and weight norms become part of the weights.
 
-    Recipes that calibrate (``rate``, ``paper``) run the calibration text through the model block by block and quantize the linear
-    layers of its blocks; embeddings and what lies outside the blocks (``lm_head``) become INT8 per row. Modules that
+    Recipes that calibrate (``rate``, ``paper``) run the calibration text through the model block by block and quantize
+    the linear layers of its blocks; embeddings and what lies outside the blocks (``lm_head``) become INT8 per row. Modules that
     share a weight (a tied ``lm_head`` and embedding) share its payload: it is compressed and stored once; leave both
     of a tied pair out or neither. Float weights are dropped block by block, so that memory peaks at the model plus one
     block and the activations of the calibration text.
@@ -99,29 +99,15 @@ def compress_(
         ValueError: nothing to compress, a tied weight only half of which passes the filter, weights with NaN,
             a calibration set that is missing, not wanted or of the wrong kind, a target out of reach.
     """
-    check_model("compress_", model)
-    if config is None:
-        config = CompressionConfig()
-    expected = "a CompressionConfig, such as CompressionConfig(recipe='rate')"
-    check_type("compress_: config", config, CompressionConfig, expected)
-    _check_calibration(model, config, calibration)
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(
-            f"compress_: filter_fn: expected a function of name and module, got {shown(filter_fn)}"
-        )
+    config = CompressionConfig() if config is None else config
+    _check_arguments(model, config, calibration, filter_fn)
     passes = make_filter(filter_fn, include, exclude)
     prepare_(model, passes)
     found = find_matrices(model, passes)
     _leave_half_tied(model, found, chosen=any((filter_fn, include, exclude)))
     modules = found.modules
     if not modules:
-        filters = {"filter_fn": filter_fn, "include": include, "exclude": exclude}
-        used = {name: shown(value) for name, value in filters.items() if value is not None}
-        raise ValueError(
-            f"compress_: {', '.join(used) or 'model'}: expected a module that contains linear layers, convolutions or "
-            f"embeddings, got none that pass {' and '.join(used.values()) or 'the filter'}"
-            + (" (all are compressed)" if compressed_modules(model) else "")
-        )
+        raise _nothing_found(model, filter_fn=filter_fn, include=include, exclude=exclude)
     source = source or BlockSource()
     resume = None
     if resume_dir is not None and calibration is not None:
@@ -139,6 +125,33 @@ def compress_(
     if report.matrix_coverage < LEAST_COVERAGE:
         warnings.warn(f"compress_: {report.describe_coverage()}", stacklevel=2)
     return model
+
+
+def _nothing_found(model: nn.Module, **filters: object) -> ValueError:
+    """The error for a model, of which no layer passes the filters."""
+    used = {name: shown(value) for name, value in filters.items() if value is not None}
+    return ValueError(
+        f"compress_: {', '.join(used) or 'model'}: expected a module that contains linear layers, convolutions or "
+        f"embeddings, got none that pass {' and '.join(used.values()) or 'the filter'}"
+        + (" (all are compressed)" if compressed_modules(model) else "")
+    )
+
+
+def _check_arguments(
+    model: nn.Module,
+    config: CompressionConfig,
+    calibration: Calibration | None,
+    filter_fn: FilterFn | None,
+) -> None:
+    """Checks types, and whether the calibration set is one for the recipe and the model; see ``compress_``."""
+    check_model("compress_", model)
+    expected = "a CompressionConfig, such as CompressionConfig(recipe='rate')"
+    check_type("compress_: config", config, CompressionConfig, expected)
+    _check_calibration(model, config, calibration)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(
+            f"compress_: filter_fn: expected a function of name and module, got {shown(filter_fn)}"
+        )
 
 
 def _check_calibration(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcext.checks import check_model, check_type, require, shown, torch_device, torch_dtype
+from dcext.checks import check_model, check_type, require, shown, torch_dtype
 from dcext.config import CompressionConfig
 from dcext.errors import FormatError
 from dcext.format import CheckpointReader, write_checkpoint
@@ -29,10 +29,9 @@ from dcext.loading import (
     stored_tensors,
 )
 from dcext.nn.compressed import CompressedModule, compressed_modules
-from dcext.nn.placement import check_device, place
+from dcext.nn.placement import place
 from dcext.offloading.apply import apply
-from dcext.offloading.arguments import check_budgets, check_plan
-from dcext.offloading.device_budget import MODES
+from dcext.offloading.arguments import check_placement
 from dcext.offloading.offload import offload
 from dcext.policy.plan import Plan
 from dcext.quantize.report import CompressionReport
@@ -225,7 +224,8 @@ def from_pretrained(
 
     Args:
         directory: the folder, or a name on the Hugging Face hub.
-        dtype: what to compute in, such as ``torch.bfloat16`` or ``"bfloat16"``; None for the dtype of the model that was compressed.
+        dtype: what to compute in, such as ``torch.bfloat16`` or ``"bfloat16"``; None for the dtype of the model that was
+            compressed.
         device: where the weights are resident, compressed, and the model runs (``dcext.nn.place``).
         host_memory: bytes for weights, or a size such as ``"4GiB"``; None for as much as they need.
         device_memory: the same on the device.
@@ -252,16 +252,9 @@ def from_pretrained(
         "from_pretrained: directory", directory, (str, Path), "a folder or a name on the hub"
     )
     dtype = torch_dtype("from_pretrained: dtype", dtype)
-    if mode not in MODES:
-        raise ValueError(f"from_pretrained: mode: expected one of {', '.join(MODES)}, got {mode!r}")
     require("transformers", "hf")
-    on = torch_device("from_pretrained: device", device)
+    check_placement(device, plan, host_memory, device_memory, mode)
     has_budget = host_memory is not None or device_memory is not None
-    if plan is not None:
-        check_plan(on, plan, has_budget)
-    check_budgets(on, host_memory, device_memory)
-    wanted_for = "the model" if device_memory is None else "device_memory"
-    check_device("from_pretrained", "a plan for one" if plan is not None else wanted_for, on)
     reader = CheckpointReader(_local_folder(directory, revision))
     report = progress or (lambda nbytes: None)
     model = _load(reader, model_class, dtype, has_budget or plan is not None, report, kwargs)
@@ -315,9 +308,8 @@ def _load(
         )
     config = parse_json_object(reader.read_file("config.json"), "config.json")
     if "generation_config.json" in reader.file_names:
-        reader.read_file(
-            "generation_config.json"
-        )  # which transformers reads, and knows no checksums
+        # transformers reads it too, and knows no checksums.
+        reader.read_file("generation_config.json")
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise FormatError(

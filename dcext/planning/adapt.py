@@ -28,18 +28,18 @@ from dcext.profiling.observe_disk import PassSample, StreamMeter, typical_sample
 from dcext.profiling.study import Study, checked_mix, study
 from dcext.sizes import check_nbytes
 
-DRIFT = 1.15  # a pass that takes so much longer or shorter than predicted calls for another look
+DRIFT = 1.15  # a pass that takes so much longer or shorter than predicted calls for another plan
 DRIFTING_PASSES = 3  # such passes one after the other
-# Passes after a look, in which there is no other for the same cause; so many times as many after each that moved nothing:
-# a machine whose speed wavers is not looked at for ever. For large drifts one such look is forgiven.
+# Passes after a new plan in which there is no other for the same cause; so many times as many after each that moved
+# nothing: for a machine whose speed wavers plans are not made for ever. For large drifts one such plan is forgiven.
 COOLDOWN, BACKOFF, LARGE_DRIFT = 6, 4, 1.5
-SETTLING_PASSES = 14  # passes after a look, in which a disk may be faster than it is: while layers were moved nobody read
+SETTLING_PASSES = 14  # passes after a new plan, in which a disk may be faster than it is: while layers were moved nobody read
 GAIN = 0.03  # of the time of a pass, for which layers are moved
 
 
 @dataclass(frozen=True)
 class Replan:
-    """One time that the plan was looked at again.
+    """One time that the plan was made anew.
 
     Attributes:
         passes: that had run by then.
@@ -48,7 +48,7 @@ class Replan:
         before_s: predicted, of a pass of the mix with the tiers of then, under what was observed.
         after_s: with the best tiers.
         moved: whether layers were moved; not for a gain of under 3 %.
-        seconds: that looking and moving took.
+        seconds: that planning and moving took.
     """
 
     passes: int
@@ -78,7 +78,7 @@ class Adapter:
 
     Attributes:
         plan: that is in force.
-        looks: what was done since.
+        replans: what was done since, in order.
         passes: that were watched.
     """
 
@@ -92,7 +92,7 @@ class Adapter:
         self.replans: list[Replan] = []
         self.passes = 0
         self._unmoved = dict.fromkeys(("threads", "compute", "disk"), 0)
-        self._looked = dict.fromkeys(self._unmoved, -COOLDOWN)
+        self._replanned = dict.fromkeys(self._unmoved, -COOLDOWN)
         self._busy = threading.Lock()
         self._threads = torch.get_num_threads()  # that were known of when layers were last timed
         self.plan = studied.plan(**self._options)
@@ -108,7 +108,7 @@ class Adapter:
             self._exploration.stop()
 
     def _begin_anew(self) -> None:
-        """After a look: what is predicted now, and nothing seen of it yet."""
+        """After a new plan: what is predicted now, and nothing seen of it yet."""
         self._predictor = self._study.predictor(self.plan.slots_nbytes)
         self._predicted: dict[int, Prediction] = {}
         self._seen: dict[int, deque[PassSample]] = defaultdict(
@@ -132,7 +132,7 @@ class Adapter:
         seen = self._meter.see(seconds)
         if self._exploration is not None:
             if self._exploration.see(tokens, seen):
-                self._look(*self._why, self._explored(self._exploration))
+                self._replan(*self._why, self._explored(self._exploration))
             return
         self._seen[tokens].append(seen)
         drifts = self._drifts(tokens)
@@ -143,7 +143,7 @@ class Adapter:
         cause, reason = due[0], drifts[due[0]].reason
         if cause == "disk":
             recent = typical_sample(self._seen[tokens])
-            self._look(cause, reason, self._with_disk_of(self._study.observed, recent))
+            self._replan(cause, reason, self._with_disk_of(self._study.observed, recent))
             return
         room = math.inf
         if self.plan.host_memory is not None:
@@ -158,7 +158,7 @@ class Adapter:
         rest = COOLDOWN * BACKOFF ** max(self._unmoved[cause] - forgiven, 0)
         if cause == "disk" and drift.faster:
             rest = max(rest, SETTLING_PASSES)
-        return self.passes >= self._looked[cause] + rest
+        return self.passes >= self._replanned[cause] + rest
 
     def _prediction(self, tokens: int) -> Prediction:
         if tokens not in self._predicted:
@@ -209,7 +209,7 @@ class Adapter:
         }
         return replace(observed, disk=disk)
 
-    def _look(self, cause: str, reason: str, observed: Observed) -> None:
+    def _replan(self, cause: str, reason: str, observed: Observed) -> None:
         """Plans by what was observed, and moves layers if that gains enough."""
         begin = time.perf_counter()
         self._study = replace(self._study, observed=observed)
@@ -232,7 +232,7 @@ class Adapter:
             Replan(self.passes, cause, reason, before_s, found.seconds, moved, seconds)
         )
         self._unmoved[cause] = 0 if moved else self._unmoved[cause] + 1
-        self._looked[cause] = self.passes
+        self._replanned[cause] = self.passes
         self._begin_anew()
 
 

@@ -16,9 +16,7 @@ FIRST_EXCESS_BITS = 0.04  # of stored size over the predicted entropy, before th
 GRID_LOG2 = tuple(
     k / 4 for k in range(-28, 17)
 )  # scales over a layer's rms at which its entropy is measured
-# Most that is expected of layers to come. A small layer whose columns are nearly all kept in bfloat16 takes ten bits more
-# than its entropy; expected of all others too, that left them none, and whole layers became zero.
-MOST_EXCESS_BITS = 1.0
+MOST_EXCESS_BITS = 1.0  # of a layer, that is expected of the next ones
 LEAST_BITS, MOST_BITS = 0.3, 7.5  # entropy-coded: targets beyond these are refused
 
 
@@ -72,6 +70,31 @@ class LayerForecast:
         return RateCurve(math.log2(rms), GRID_LOG2, falling, self.weights, self.overhead_bits)
 
 
+class Excess:
+    """What stored layers take beyond a forecast, in bits per weight, as the layers done tell it for those to come.
+
+    It is bounded. A small layer takes several bits more for its header, and ten if its columns are nearly all kept in
+    bfloat16: expected of all others too, that would leave them nothing, and whole layers would become zero.
+    """
+
+    def __init__(self, first: float = FIRST_EXCESS_BITS) -> None:
+        """Args: first: expected before a layer has told."""
+        self._first = first
+        self.bits = 0.0
+        self.weights = 0
+
+    @property
+    def expected(self) -> float:
+        """Bits per weight."""
+        mean = self.bits / self.weights if self.weights else self._first
+        return min(mean, MOST_EXCESS_BITS)
+
+    def record(self, bits: float, weights: int) -> None:
+        """Adds a layer of so many weights that took so many bits more than was forecast."""
+        self.bits += bits
+        self.weights += weights
+
+
 class RateController:
     """Chooses the scale for the layers still to come, from forecasts and from what the layers done turned out to take.
 
@@ -102,11 +125,9 @@ class RateController:
             raise ValueError(
                 f"target_bits: expected {least} to {most} bits per weight, got {target_bits:.3f}"
             )
-        self._first_excess_bits = first_excess_bits
+        self._excess = Excess(first_excess_bits)
         self._curves = {name: forecast.curve() for name, forecast in forecasts.items()}
         self._budget = target_bits * sum(curve.weights for curve in self._curves.values())
-        self._weights_done = 0
-        self._excess_bits = 0.0
 
     def scale(self) -> float:
         """The scale for the next layers."""
@@ -116,13 +137,7 @@ class RateController:
         weights = torch.tensor([curve.weights for curve in curves], dtype=torch.float64)
         fixed = torch.tensor([curve.overhead_bits for curve in curves], dtype=torch.float64)
         points = curves[0].points
-        excess = (
-            self._excess_bits / self._weights_done
-            if self._weights_done
-            else self._first_excess_bits
-        )
-        excess = min(excess, MOST_EXCESS_BITS)
-        budget = self._budget - float(((fixed + excess) * weights).sum())
+        budget = self._budget - float(((fixed + self._excess.expected) * weights).sum())
         low, high = float(starts.min()) + points[0], float(starts.max()) + points[-1]
         while high - low > 1e-4:
             middle = (low + high) / 2
@@ -145,8 +160,7 @@ class RateController:
         self._budget -= 8 * stored_nbytes
         at = torch.tensor([math.log2(scale) - curve.log2_start], dtype=torch.float64)
         predicted = float(_interpolate(curve.points, curve.bits[None], at)) + curve.overhead_bits
-        self._excess_bits += 8 * stored_nbytes - predicted * curve.weights
-        self._weights_done += curve.weights
+        self._excess.record(8 * stored_nbytes - predicted * curve.weights, curve.weights)
 
     def skip(self, name: str, stored_nbytes: int) -> None:
         """Takes a layer out that was not rounded at any scale; its bytes still count."""
@@ -157,15 +171,15 @@ class RateController:
         """What ``restore`` needs."""
         return {
             "budget": self._budget,
-            "weights_done": self._weights_done,
-            "excess_bits": self._excess_bits,
+            "weights_done": self._excess.weights,
+            "excess_bits": self._excess.bits,
         }
 
     def restore(self, state: dict[str, float], done: list[str]) -> None:
         """Goes on from a ``state`` taken when the layers ``done`` had been recorded."""
         self._budget = state["budget"]
-        self._weights_done = int(state["weights_done"])
-        self._excess_bits = state["excess_bits"]
+        self._excess.weights = int(state["weights_done"])
+        self._excess.bits = state["excess_bits"]
         for name in done:
             self._curves.pop(name, None)
 

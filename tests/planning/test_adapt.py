@@ -144,7 +144,7 @@ def test_a_disk_that_seems_faster_is_believed_later(checkpoints, machine):
     model = dcext.from_pretrained(checkpoints["zstd"])
     adapter = Adapter(model, study_of(model, machine), {"host_memory": "24MB", "mix": {5: 1.0}})
     adapter.stop()
-    adapter._looked = dict.fromkeys(adapter._looked, 100)
+    adapter._replanned = dict.fromkeys(adapter._replanned, 100)
     slower, faster = Drift(1.4, "slower"), Drift(1.4, "faster", faster=True)
     due = defaultdict(list)
     for adapter.passes in range(100, 120):
