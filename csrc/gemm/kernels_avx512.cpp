@@ -192,13 +192,14 @@ struct PackedDot {
 #include "gemm/dot_body.h"
 #include "gemm/elementwise_body.h"
 #include "gemm/packed_body.h"
-#include "gemm/table_body.h"
 #include "gemm/weight_only_body.h"
 
 }  // namespace
 }  // namespace dcext
 
 DCEXT_TARGET_END
+
+#include "gemm/table_body.h"
 
 const dcext::GemmKernels dcext::kAvx512Kernels =
     table_of(Isa::kAvx512Vnni, dot_packed_nbytes, dot_pack, dot_multiply, dcext::kAnyTokens);

@@ -56,13 +56,14 @@ struct PackedDot : PackedAvx2<128> {
 #include "gemm/dot_body.h"
 #include "gemm/elementwise_body.h"
 #include "gemm/packed_body.h"
-#include "gemm/table_body.h"
 #include "gemm/weight_only_body.h"
 
 }  // namespace
 }  // namespace dcext
 
 DCEXT_TARGET_END
+
+#include "gemm/table_body.h"
 
 const dcext::GemmKernels dcext::kAvxVnniKernels =
     table_of(Isa::kAvxVnni, dot_packed_nbytes, dot_pack, dot_multiply, dcext::kAnyTokens);

@@ -122,10 +122,11 @@ struct PackedDot {
 };
 
 #include "gemm/packed_body.h"
-#include "gemm/table_body.h"
 
 }  // namespace
 }  // namespace dcext
+
+#include "gemm/table_body.h"
 
 const dcext::GemmKernels dcext::kScalarKernels =
     table_of(Isa::kScalar, packed_nbytes, pack, multiply, dcext::kAnyTokens);

@@ -1,5 +1,8 @@
-// Included in the anonymous namespace of each instruction set, behind its other bodies: the table of its kernels, whose
-// products with plain INT8 weights are named by the caller. Evaluated when it is compiled.
+// Included once for each instruction set, behind its kernels: the table of them, whose products with plain INT8 weights
+// are named by the caller. Evaluated when it is compiled.
+
+namespace dcext {
+namespace {
 
 constexpr GemmKernels table_of(Isa isa, decltype(GemmKernels::packed_nbytes) nbytes_of_packed,
                                decltype(GemmKernels::pack) pack_tokens,
@@ -20,3 +23,6 @@ constexpr GemmKernels table_of(Isa isa, decltype(GemmKernels::packed_nbytes) nby
       .dequantize_row = dequantize_row,
   };
 }
+
+}  // namespace
+}  // namespace dcext
