@@ -115,7 +115,6 @@ def compress(
     from dcext.format.writer import check_target
     from dcext.hub import DTYPES
     from dcext.plots.figure import check_plot
-    from dcext.pretrained import side_nbytes
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -143,13 +142,7 @@ def compress(
     windows = None
     if calibration is not None:
         windows = _windows(float_model, tokenizer, calibration, calibration_tokens, context)
-    if config.target_nbytes is not None:
-        side = side_nbytes(float_model, tokenizer)
-        if config.target_nbytes <= side:
-            raise ValueError(
-                f"--size-mb: expected more than {side / 1e6:.3f}, for tokenizer and config, got {size_mb}"
-            )
-        config = replace(config, target_nbytes=config.target_nbytes - side)
+    config = _less_side_files(config, float_model, tokenizer)
     resume = output.absolute().parent / f".{output.name}.dcext-resume"
     with share_progress("compressing") as advance:
         dcext.compress_(
@@ -158,7 +151,7 @@ def compress(
             windows,
             include=include,
             exclude=exclude,
-            progress=lambda label, share: advance(label, share),
+            progress=advance,
             resume_dir=resume,
             source=source,
         )
@@ -170,6 +163,20 @@ def compress(
 
         plot_compression(report, plot)
     _report_compressed(output, report, time.perf_counter() - begin, as_json)
+
+
+def _less_side_files(config: Any, model: Any, tokenizer: Any) -> Any:
+    """The configuration with what tokenizer, configuration and headers take away from a target in bytes."""
+    from dcext.pretrained import side_nbytes
+
+    if config.target_nbytes is None:
+        return config
+    side = side_nbytes(model, tokenizer)
+    if config.target_nbytes <= side:
+        raise ValueError(
+            f"--size-mb: expected more than {side / 1e6:.3f}, for tokenizer and config, got {config.target_nbytes / 1e6:g}"
+        )
+    return replace(config, target_nbytes=config.target_nbytes - side)
 
 
 def _windows(model: Any, tokenizer: Any, calibration: Path, tokens: int, context: int) -> Any:
