@@ -66,8 +66,8 @@ def compress_(
     decodes them whole (``dcext.nn.split``). Masks of pruning and weight norms become part of the weights.
 
     Recipes that calibrate (``rate``, ``paper``) run the calibration text through the model block by block and quantize
-    the linear layers of its blocks; embeddings and what lies outside the blocks (``lm_head``) become INT8 per row. Modules that
-    share a weight (a tied ``lm_head`` and embedding) share its payload: it is compressed and stored once; leave both
+    the linear layers of its blocks; embeddings and what lies outside the blocks (``lm_head``) become INT8 per row. Modules
+    that share a weight (a tied ``lm_head`` and embedding) share its payload: it is compressed and stored once; leave both
     of a tied pair out or neither. Float weights are dropped block by block, so that memory peaks at the model plus one
     block and the activations of the calibration text.
 

@@ -42,7 +42,8 @@ class CompressionConfig:
         target_nbytes: the same as a size of all tensors of the model.
         alpha: of ``"paper"``: exponent of the scaling, or ``"model"`` or ``"layer"`` to search 0, 0.1 .. 1.
         sparsity: of ``"paper"``: share of the weights that are zero after pruning.
-        granularity: empty for the recipe's own. Of ``"int8"``: a scale per output ``"row"`` (most accurate) or per ``"tensor"`` (compresses much
+        granularity: empty for the recipe's own. Of ``"int8"``: a scale per output ``"row"`` (most accurate) or per
+            ``"tensor"`` (compresses much
             better); ``"row"`` unless told otherwise. Of ``"paper"``: what the sparsity is a share of, ``"tensor"`` unless
             told otherwise.
         codec: ``"auto"``, ``"raw"``, ``"zstd"`` or ``"packed"``; see ``dcext.encode``. Recipe ``"rate"`` rounds to few

@@ -63,7 +63,8 @@ slot where it lies (uint8, at least the unit's bytes), which both are said to mu
 order around what reads it. Any other tensor raises ``ValueError``: a copy of a slot never receives the bytes
 (of ``torch.compile``'s backends, ``inductor`` makes none, ``aot_eager`` does). A closed stream raises ``RuntimeError``.
 ``fetched_`` may be given a tensor ``after``, which it does not read: what was computed from all that reads the slot, such
-as a layer's output. Compilers that move reads behind ``fetched_`` have to copy the slot, and then fail. Handle 0 is a stream that brings nothing: what lies in the slot stays.
+as a layer's output. Compilers that move reads behind ``fetched_`` have to copy the slot, and then fail. Handle 0 is a
+stream that brings nothing: what lies in the slot stays.
 
 ``round_columns_`` takes its matrices transposed, so that rows of the layer are contiguous: ``weight`` (cols, rows)
 float32; ``target``, the same corrected by the columns behind the block, destroyed; ``feedback`` (cols, cols), whose

@@ -23,8 +23,8 @@ class CheckpointReader:
 
     Opening validates the manifest, names of all files, and sizes and headers of the shards; data, and small files, are
     read when asked for. The files stay mapped until the reader and all tensors taken from it are gone; nothing has to be
-    closed. One that another process shrinks meanwhile faults (SIGBUS), as with any mapping. ``write_checkpoint`` never does that: it
-    replaces whole folders.
+    closed. One that another process shrinks meanwhile faults (SIGBUS), as with any mapping. ``write_checkpoint`` never
+    does that: it replaces whole folders.
     """
 
     def __init__(self, directory: str | Path, *, partial: bool = False) -> None:

@@ -53,8 +53,8 @@ def offload(
             and activations come on top.
         device_memory: for weights on the device, slots for what is copied and room to decode: bytes or ``"4GiB"``.
         device: with ``device_memory``, where the model runs.
-        mode: with ``device_memory``, how weights are copied there: ``"device"``, as they are stored, to be decoded there; ``"host"``,
-            decoded by the host on their way; ``"raw"``, decoded once and copied as INT8; ``"auto"``: ``"device"``.
+        mode: with ``device_memory``, how weights are copied there: ``"device"``, as they are stored, to be decoded there;
+            ``"host"``, decoded by the host on their way; ``"raw"``, decoded once and copied as INT8; ``"auto"``: ``"device"``.
         page_cache: with ``host_memory`` alone, whether the system may also keep pages of the files in memory that is not
             counted here.
         progress: called with the number of bytes that were read into memory since the last call.

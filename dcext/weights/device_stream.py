@@ -68,8 +68,9 @@ class DeviceStream:
     differ; where other threads do so too, it must begin them in ascending order of slots.
 
     ``fetch`` and ``fetched`` may be called inside what ``torch.compile`` compiles, with backend ``inductor`` (others that
-    copy what is mutated, as ``aot_eager`` does, are refused); give ``fetched`` the output then. In CUDA graphs, units are copied by the graph itself; once
-    there was one, nothing is copied ahead outside graphs. A graph that ends before the last unit needs ``join``.
+    copy what is mutated, as ``aot_eager`` does, are refused); give ``fetched`` the output then. In CUDA graphs,
+    units are copied by the graph itself; once there was one, nothing is copied ahead outside graphs. A graph that ends
+    before the last unit needs ``join``.
     Units with ``HostDecoded`` parts cannot be captured, and graphs must not be replayed once the stream is gone.
 
     Nothing here has run on a GPU yet; on the CPU a thread copies.
